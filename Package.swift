@@ -1,0 +1,62 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+let settings: [SwiftSetting] = [
+  .enableExperimentalFeature("Lifetimes"),
+  .enableUpcomingFeature("ExistentialAny"),
+  .enableUpcomingFeature("InternalImportsByDefault"),
+  .enableUpcomingFeature("MemberImportVisibility"),
+]
+
+let testSettings = settings
+
+let package = Package(
+  name: "swift-kv-compression",
+  platforms: [.macOS(.v15), .iOS(.v18)],
+  products: [
+    .library(name: "KVCompression", targets: ["KVCompression"]),
+    .library(name: "KVExperiments", targets: ["KVExperiments"]),
+  ],
+  targets: [
+    // C: kernels with run-time dispatch, and the BLAS/LAPACK the system provides.
+    .target(name: "CKVKernels"),
+    .systemLibrary(
+      name: "COpenBLAS", pkgConfig: "openblas",
+      providers: [.apt(["libopenblas-dev", "liblapacke-dev"])]),
+
+    // The core knows no family and no backend.
+    .target(name: "KVCore", swiftSettings: settings),
+    .target(
+      name: "KVBackendCPU",
+      dependencies: [
+        "KVCore", "CKVKernels",
+        .target(name: "COpenBLAS", condition: .when(platforms: [.linux])),
+      ],
+      swiftSettings: settings,
+      linkerSettings: [.linkedFramework("Accelerate", .when(platforms: [.macOS, .iOS]))]),
+
+    // One module a family of methods.
+    .target(name: "KVEviction", dependencies: ["KVCore"], swiftSettings: settings),
+    .target(name: "KVQuantization", dependencies: ["KVCore"], swiftSettings: settings),
+
+    // The umbrella: registry of policies by name, and everything re-exported.
+    .target(
+      name: "KVCompression",
+      dependencies: ["KVCore", "KVBackendCPU", "KVEviction", "KVQuantization"],
+      swiftSettings: settings),
+
+    // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
+    .target(
+      name: "KVExperiments", dependencies: ["KVCompression"], swiftSettings: settings),
+
+    .testTarget(
+      name: "KVCoreTests", dependencies: ["KVCore"], swiftSettings: testSettings),
+    .testTarget(
+      name: "KVExperimentsTests", dependencies: ["KVExperiments"], swiftSettings: testSettings),
+    .testTarget(
+      name: "KVCompressionTests", dependencies: ["KVCompression", "KVExperiments", "CKVKernels"],
+      exclude: ["Goldens"], swiftSettings: testSettings),
+  ],
+  swiftLanguageModes: [.v6],
+  cLanguageStandard: .c17
+)

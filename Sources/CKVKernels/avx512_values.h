@@ -1,0 +1,225 @@
+/* accumulate over CKV_AFFINE_ROW for a few query rows, part of avx512.c.
+ *
+ * A vector holds the code words of a row (of two or four rows when they are short); its lanes are words, and shifting
+ * all lanes by k codes gives channel word * (32/bits) + k in every lane. So accumulators are kept by (k, word), and
+ * put in the order of channels once a call. The scale goes into the weight, the min into one sum for every group. */
+
+/* How codes, weights and metadata of a run lie in vectors. */
+typedef struct {
+  uint32_t per;          /* codes a word (low plane for bits = 3) */
+  uint32_t words;        /* words a row, the high plane of bits = 3 left out */
+  uint32_t row_words;    /* all words a row */
+  uint32_t vectors;      /* vectors of words a row */
+  uint32_t rows_a_vector; /* 1, 2 or 4; more than 1 only with vectors == 1 */
+  uint32_t groups;       /* groups of channels */
+  uint32_t rows_a_meta;  /* rows whose scales fit in one vector */
+} v_layout;
+
+enum { V_TILE = 32 };
+
+static bool v_layout_of(const ckv_run *run, v_layout *l) {
+  uint32_t bits = run->bits;
+  l->per = bits == 3 ? 16 : 32 / bits;
+  l->words = ckv_plane_words(run->dim, bits == 3 ? 2 : bits);
+  l->row_words = ckv_row_words(run->dim, bits);
+  l->vectors = (l->words + 15) / 16;
+  l->rows_a_vector = l->words == 8 ? 2 : l->words == 4 && bits != 3 ? 4 : 1;
+  l->groups = (run->dim + run->group - 1) / run->group;
+  l->rows_a_meta = 16 % l->groups == 0 ? 16 / l->groups : 1;
+  /* A word must not straddle groups; otherwise, and with very many groups, rows are decoded first. */
+  return run->group % l->per == 0 && l->groups <= 16 && l->rows_a_meta % l->rows_a_vector == 0;
+}
+
+CKV_INLINE __m512i v_lane(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+/* weights[(set * vectors + v) * V_QUERIES + j]: p * scale of the rows of a set, for every lane of vector v.
+ * min_sum[j]: sums of p * min, lanes as in memory, modulo rows. The vectors of meta_lane say which lane of the
+ * rows_a_meta rows of metadata belongs to each lane of those rows' vectors of words. */
+CKV_INLINE void v_weights(const ckv_run *run, const v_layout *l, uint32_t type, uint32_t first, uint32_t n,
+                          const float *p, const uint32_t nq, size_t ld, const uint32_t *meta_lane,
+                          const uint32_t *row_lane, float *weights, float *min_sum) {
+  const __m512i row_of_lane = _mm512_loadu_si512(row_lane);
+  vf mins[V_QUERIES];
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++) mins[j] = vf_load(min_sum + 16 * j);
+  for (uint32_t i = 0; i < n; i += l->rows_a_meta) {
+    uint32_t rows = ckv_min_u32(l->rows_a_meta, n - i);
+    size_t at = (size_t)(first + i) * l->groups;
+    vf s = vf_load_as_n(ckv_offset(run->scale, type, at), type, rows * l->groups);
+    vf mn = vf_load_as_n(ckv_offset(run->min, type, at), type, rows * l->groups), w[V_QUERIES];
+    CKV_UNROLL
+    for (uint32_t j = 0; j < nq; j++) {
+      vf weight = _mm512_permutexvar_ps(row_of_lane, vf_load_n(p + j * ld + i, rows));
+      mins[j] = vf_fma(weight, mn, mins[j]);
+      w[j] = weight * s;
+    }
+    float *to = weights + (size_t)(i / l->rows_a_vector) * l->vectors * V_QUERIES * 16;
+    const uint32_t count = (rows + l->rows_a_vector - 1) / l->rows_a_vector * l->vectors;
+    for (uint32_t x = 0; x < count; x++) {
+      __m512i from = _mm512_loadu_si512(meta_lane + 16 * x);
+      CKV_UNROLL
+      for (uint32_t j = 0; j < nq; j++)
+        vf_store(to + (x * V_QUERIES + j) * 16, _mm512_permutexvar_ps(from, w[j]));
+    }
+  }
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++) vf_store(min_sum + 16 * j, mins[j]);
+}
+
+/* The words of the low plane of a set of rows, those of `mask`. */
+CKV_INLINE __m512i v_words(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t *row,
+                           __mmask16 mask, uint32_t v) {
+  if (bits != 3 || !paired) return _mm512_maskz_loadu_epi32(mask, row + 16 * v);
+  __m256i second = _mm256_maskz_loadu_epi32((__mmask8)(mask >> 8), row + l->row_words);
+  return _mm512_inserti32x8(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)row)), second, 1);
+}
+
+/* The bits of the high plane of bits = 3 for the codes of each lane's word, from bit 0 on. */
+CKV_INLINE __m512i v_high_plane(const v_layout *l, const bool paired, const uint32_t *row, __mmask16 mask, uint32_t v) {
+  const __m512i lane = v_lane(), half = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4);
+  const uint32_t *from = row + l->words;
+  __m512i high;
+  if (paired) {
+    __m128i second = _mm_maskz_loadu_epi32((__mmask8)(mask >> 8), from + l->row_words);
+    high = _mm512_inserti32x4(_mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from)), second, 1);
+  } else {
+    high = vi_load_n(from + 8 * v, ckv_min_u32(8, l->row_words - l->words - 8 * v));
+  }
+  return _mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_srli_epi32(lane, 1), high), half);
+}
+
+/* Four code positions from `k` on of one vector of words, over `sets` sets of rows. */
+CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t k, uint32_t v,
+                            const uint32_t *row, uint32_t sets, __mmask16 mask, const uint32_t nq,
+                            const float *weight, vf sum[V_QUERIES][4]) {
+  const uint32_t plane = bits == 3 ? 2 : bits;
+  const size_t row_step = (size_t)l->rows_a_vector * l->row_words, weight_step = (size_t)l->vectors * V_QUERIES * 16;
+  const vf table = bits == 2   ? _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3)
+                   : bits == 3 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7)
+                               : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; sets; sets--, row += row_step, weight += weight_step) {
+    __builtin_prefetch((const char *)(row + 16 * v) + 1024);
+    __m512i w = v_words(l, bits, paired, row, mask, v), high = bits == 3 ? v_high_plane(l, paired, row, mask, v) : w;
+    vf x[4];
+    CKV_UNROLL
+    for (uint32_t t = 0; t < 4; t++) {
+      __m512i code = _mm512_srli_epi32(w, (k + t) * plane);
+      if (bits == 8) {
+        x[t] = _mm512_cvtepi32_ps(k + t == 3 ? code : _mm512_and_si512(code, _mm512_set1_epi32(255)));
+        continue;
+      }
+      if (bits == 3) { /* bit k + t of the high plane to bit 2; the table looks at the low three bits */
+        __m512i third = k + t < 2 ? _mm512_slli_epi32(high, 2 - (k + t)) : _mm512_srli_epi32(high, k + t - 2);
+        code = _mm512_ternarylogic_epi32(code, third, _mm512_set1_epi32(4), 0xd8); /* third where 4, else code */
+      }
+      x[t] = _mm512_permutexvar_ps(code, table); /* the index is the low four bits */
+    }
+    CKV_UNROLL
+    for (uint32_t j = 0; j < nq; j++) {
+      vf y = vf_load(weight + j * 16);
+      CKV_UNROLL
+      for (uint32_t t = 0; t < 4; t++) sum[j][t] = vf_fma(y, x[t], sum[j][t]);
+    }
+  }
+}
+
+CKV_INLINE void v_tile_quad(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t k, uint32_t v,
+                            const uint32_t *words, uint32_t n, const uint32_t nq, const float *weights, float *acc,
+                            size_t acc_stride) {
+  vf sum[V_QUERIES][4];
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++)
+    CKV_UNROLL
+    for (uint32_t t = 0; t < 4; t++) sum[j][t] = vf_load(acc + j * acc_stride + t * 16);
+  const uint32_t sets = n / l->rows_a_vector, rest = n % l->rows_a_vector;
+  const __mmask16 mask = v_first(ckv_min_u32(16, l->rows_a_vector * l->words - 16 * v));
+  const float *weight = weights + (size_t)v * V_QUERIES * 16;
+  v_quad_sets(l, bits, paired, k, v, words, sets, mask, nq, weight, sum);
+  if (rest) { /* the rows that do not fill a set */
+    words += (size_t)sets * l->rows_a_vector * l->row_words;
+    weight += (size_t)sets * l->vectors * V_QUERIES * 16;
+    v_quad_sets(l, bits, paired, k, v, words, 1, v_first(rest * l->words), nq, weight, sum);
+  }
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++)
+    CKV_UNROLL
+    for (uint32_t t = 0; t < 4; t++) vf_store(acc + j * acc_stride + t * 16, sum[j][t]);
+}
+
+/* A tile of n <= V_TILE rows for nq query rows. acc[j]: by (vector, position, lane). */
+CKV_INLINE void v_tile_queries(const ckv_run *run, const v_layout *l, const uint32_t bits, uint32_t first, uint32_t n,
+                               const float *p, const uint32_t nq, size_t ld, const uint32_t *meta_lane,
+                               const uint32_t *row_lane, float *weights, float *min_sum, float *acc,
+                               size_t acc_stride) {
+  if (run->dtype == CKV_F16) v_weights(run, l, CKV_F16, first, n, p, nq, ld, meta_lane, row_lane, weights, min_sum);
+  else v_weights(run, l, run->dtype, first, n, p, nq, ld, meta_lane, row_lane, weights, min_sum);
+  const uint32_t *words = (const uint32_t *)run->data + (size_t)first * l->row_words;
+  const uint32_t quads = (bits == 3 ? 16 : 32 / bits) / 4;
+  for (uint32_t v = 0; v < l->vectors; v++) {
+    float *to = acc + (size_t)v * quads * 64;
+    CKV_UNROLL
+    for (uint32_t k = 0; k < quads; k++) {
+      if (bits == 3 && l->rows_a_vector == 2)
+        v_tile_quad(l, bits, true, 4 * k, v, words, n, nq, weights, to + 64 * k, acc_stride);
+      else
+        v_tile_quad(l, bits, false, 4 * k, v, words, n, nq, weights, to + 64 * k, acc_stride);
+    }
+  }
+}
+
+/* acc[c] += the sums of channel c, which lie in one lane for every row of a set, plus its group's min. */
+CKV_INLINE void v_spread(const ckv_run *run, const v_layout *l, const uint32_t per, const float *sums,
+                         const float *min_sum, float *acc) {
+  float mins[16] = {0}, by_word[16 * 16];
+  for (uint32_t t = 0; t < l->rows_a_meta * l->groups; t++) mins[t % l->groups] += min_sum[t];
+  for (uint32_t w = 0; w < l->words; w++) {
+    /* Sixteen words at a time; positions from `per` on are of no interest. */
+    if (w % 16 == 0) vf_transpose(sums + (size_t)w * per, 16, by_word, 16);
+    uint32_t n = ckv_min_u32(per, run->dim - w * per);
+    vf sum = vf_load(by_word + w % 16 * 16);
+    for (uint32_t t = 1; t < l->rows_a_vector; t++) sum = sum + vf_load(by_word + (w + t * l->words) * 16);
+    sum = sum + vf_set1(mins[w * per / run->group]);
+    vf_store_n(acc + w * per, vf_load_n(acc + w * per, n) + sum, n);
+  }
+}
+
+CKV_INLINE void v_accumulate_bits(const ckv_run *run, const v_layout *l, const uint32_t bits, uint32_t first,
+                                  uint32_t count, const float *p, uint32_t m, size_t ld, float *acc,
+                                  size_t acc_stride, float *scratch) {
+  const size_t stride = (size_t)l->vectors * l->per * 16;
+  float *sums = scratch, *min_sum = sums + m * stride, *weights = min_sum + (size_t)m * 16;
+  uint32_t *meta_lane = (uint32_t *)(weights + (size_t)V_TILE * l->vectors * V_QUERIES * 16), row_lane[16];
+  memset(sums, 0, m * (stride + 16) * sizeof(float));
+  const uint32_t sets = l->rows_a_meta / l->rows_a_vector;
+  for (uint32_t i = 0; i < 16 * l->vectors * sets; i++) {
+    uint32_t lane = i % (16 * l->vectors), row = i / (16 * l->vectors) * l->rows_a_vector, word = lane;
+    if (l->rows_a_vector > 1) row += lane / l->words, word = lane % l->words;
+    /* Lanes past the last word have code 0; any group of the row does for them. */
+    meta_lane[i] = row * l->groups + ckv_min_u32(word * l->per / run->group, l->groups - 1);
+  }
+  for (uint32_t i = 0; i < 16; i++) row_lane[i] = i / l->groups;
+  for (uint32_t i = 0; i < count; i += V_TILE) {
+    uint32_t n = ckv_min_u32(V_TILE, count - i);
+    for (uint32_t j = 0, nq; j < m; j += nq) {
+      nq = m - j >= 4 ? 4 : m - j >= 2 ? 2 : 1;
+      const float *weight = p + j * ld + i;
+      float *to = sums + j * stride, *mins = min_sum + j * 16;
+      if (nq == 4) v_tile_queries(run, l, bits, first + i, n, weight, 4, ld, meta_lane, row_lane, weights, mins, to, stride);
+      else if (nq == 2) v_tile_queries(run, l, bits, first + i, n, weight, 2, ld, meta_lane, row_lane, weights, mins, to, stride);
+      else v_tile_queries(run, l, bits, first + i, n, weight, 1, ld, meta_lane, row_lane, weights, mins, to, stride);
+    }
+  }
+  for (uint32_t j = 0; j < m; j++)
+    v_spread(run, l, bits == 3 ? 16 : 32 / bits, sums + j * stride, min_sum + j * 16, acc + j * acc_stride);
+}
+
+static bool v_accumulate_affine(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m,
+                                size_t ld, float *acc, size_t acc_stride, float *scratch) {
+  v_layout l;
+  if (run->kind != CKV_AFFINE_ROW || m >= 12 || !v_layout_of(run, &l)) return false;
+  if (run->bits == 2) v_accumulate_bits(run, &l, 2, first, count, p, m, ld, acc, acc_stride, scratch);
+  else if (run->bits == 3) v_accumulate_bits(run, &l, 3, first, count, p, m, ld, acc, acc_stride, scratch);
+  else if (run->bits == 4) v_accumulate_bits(run, &l, 4, first, count, p, m, ld, acc, acc_stride, scratch);
+  else v_accumulate_bits(run, &l, 8, first, count, p, m, ld, acc, acc_stride, scratch);
+  return true;
+}

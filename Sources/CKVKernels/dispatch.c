@@ -1,0 +1,97 @@
+/* Which levels exist, which of them this CPU can run, and the layout arithmetic that callers need. */
+#include "internal.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* The operating system saves the registers in `mask` (xcr0 bits). */
+static bool os_saves(uint32_t mask) {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & mask) == mask;
+}
+
+static bool cpu_has_avx2(void) {
+  uint32_t a, b, c, d;
+  if (!os_saves(0x6) || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  if (!(c & bit_FMA) || !(c & bit_F16C)) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
+}
+
+static bool cpu_has_avx512(void) {
+  uint32_t a, b, c, d, need = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
+  /* xmm, ymm, mask registers, upper halves of zmm0-15, zmm16-31 */
+  if (!os_saves(0xe6) || !cpu_has_avx2()) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & need) == need;
+}
+
+static bool cpu_has_vnni(void) {
+  uint32_t a, b, c, d;
+  return cpu_has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & bit_AVX512VNNI);
+}
+
+size_t ckv_level_count(void) { return 3; }
+
+const ckv_kernels *ckv_level(size_t index) {
+  switch (index) {
+    case 0: return cpu_has_vnni() ? &ckv_avx512_vnni : &ckv_avx512;
+    case 1: return &ckv_avx2;
+    case 2: return &ckv_portable;
+    default: return NULL;
+  }
+}
+
+bool ckv_level_supported(size_t index) {
+  switch (index) {
+    case 0: return cpu_has_avx512();
+    case 1: return cpu_has_avx2();
+    default: return index == 2;
+  }
+}
+
+#elif defined(__aarch64__)
+
+/* NEON with f16 conversions is part of baseline A64. */
+size_t ckv_level_count(void) { return 2; }
+const ckv_kernels *ckv_level(size_t index) { return index == 0 ? &ckv_neon : index == 1 ? &ckv_portable : NULL; }
+bool ckv_level_supported(size_t index) { return index < 2; }
+
+#else
+
+size_t ckv_level_count(void) { return 1; }
+const ckv_kernels *ckv_level(size_t index) { return index == 0 ? &ckv_portable : NULL; }
+bool ckv_level_supported(size_t index) { return index == 0; }
+
+#endif
+
+const ckv_kernels *ckv_best(void) {
+  size_t index = 0;
+  while (!ckv_level_supported(index)) index++; /* the last one, portable, always is */
+  return ckv_level(index);
+}
+
+const ckv_kernels *ckv_named(const char *name) {
+  for (size_t i = 0; i < ckv_level_count(); i++) {
+    const ckv_kernels *level = ckv_level(i);
+    if (strcmp(level->name, name) == 0) return ckv_level_supported(i) ? level : NULL;
+  }
+  return NULL;
+}
+
+uint32_t ckv_row_words(uint32_t dim, uint32_t bits) {
+  return bits == 3 ? ckv_plane_words(dim, 2) + ckv_plane_words(dim, 1) : ckv_plane_words(dim, bits);
+}
+
+uint32_t ckv_group_words(uint32_t group, uint32_t bits) { return group / 32 * bits; }
+
+/* Enough for the hungriest user of each level:
+ *   tile paths: a tile of rows and its transpose, 2 * TILE_ROWS * padded dim;
+ *   avx512 keys: q planes of four query rows, 4 * 48 floats for every 16 channels, plus folded queries;
+ *   avx512 values: permuted accumulators and weights of a tile. */
+size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
+  size_t padded = ((size_t)dim + 255) / 256 * 256 + 256;
+  (void)m; /* the kernels work in blocks of a few query rows */
+  return padded * (2 * CKV_TILE_ROWS + 32) + 4096;
+}

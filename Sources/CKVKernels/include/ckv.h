@@ -1,0 +1,151 @@
+/* The kernels of swift-kv-compression: everything that touches a row of a cache in a hot loop.
+ *
+ * One table of function pointers per CPU level. The portable column is the definition of each operation; the
+ * others must agree with it within the bounds the tests compute. A missing column falls back to portable.
+ * No kernel allocates, locks, or keeps state; scratch memory is passed in by the caller.
+ *
+ * All query, logit, probability and accumulator memory is f32. Rows of a cache are described by `ckv_run`.
+ */
+#ifndef CKV_H
+#define CKV_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Element types. The numbers are part of the saved-cache format: never renumber. */
+enum { CKV_F32 = 0, CKV_F16 = 1, CKV_BF16 = 2 };
+
+/* How the rows of a run are encoded. The numbers are part of the saved-cache format. */
+enum {
+    /* Row r: `dim` elements of `dtype` at data + r * row_stride elements. */
+    CKV_DENSE = 0,
+
+    /* One (scale, min) pair per channel over `group` consecutive rows (KIVI keys).
+     * Group g holds rows [g*group, (g+1)*group). `group` is a multiple of 32. Codes of group g are
+     * group*bits/32 rows of `dim` 32-bit words, starting at word g * (group*bits/32) * dim:
+     *     word[w][c] holds the codes of rows g*group + w*(32/bits) + i, i = 0 ..< 32/bits, of channel c,
+     *     row i at bits [i*bits, (i+1)*bits).
+     * For bits = 3 the words are two planes: first group*2/32 word rows with the low two bits of every code laid
+     * out as for bits = 2, then group/32 word rows with the high bit laid out as for a 1-bit code.
+     * scale[g][dim], min[g][dim] in `dtype`. value = code * scale + min.
+     * A run always holds whole groups in memory; `rows` counts all of them. */
+    CKV_AFFINE_CHANNEL = 1,
+
+    /* One (scale, min) pair per row and per `group` consecutive channels (KIVI values).
+     * Row r is W = ceil(dim*bits/32) words at word r*W; channel c is the code at bits
+     * [(c % (32/bits))*bits, +bits) of word c / (32/bits).
+     * For bits = 3: first ceil(dim*2/32) words with the low two bits as for bits = 2, then ceil(dim/32) words with
+     * the high bit as for 1 bit (W is the sum of both).
+     * scale[r][ng], min[r][ng] in `dtype`, ng = ceil(dim/group); the last group may be short. */
+    CKV_AFFINE_ROW = 2,
+};
+
+/* A run of rows of one KV head, one side (keys or values), one encoding, contiguous in memory. */
+typedef struct {
+    uint32_t kind;       /* CKV_DENSE, CKV_AFFINE_CHANNEL, CKV_AFFINE_ROW */
+    uint32_t dtype;      /* dense: element type; affine: type of scale and min */
+    uint32_t bits;       /* affine: 2, 3, 4, 8 */
+    uint32_t group;      /* affine: group length */
+    uint32_t dim;        /* channels of a row: 1 ... 4096, any number */
+    uint32_t rows;       /* rows present */
+    int64_t row_stride;  /* dense: elements between rows */
+    const void *data;    /* dense: elements; affine: code words (4-byte aligned at least) */
+    const void *scale;
+    const void *min;
+} ckv_run;
+
+/* Result of the operations that look at input values. */
+typedef struct {
+    int64_t row;     /* first offending row, -1 when all is well */
+    int64_t channel; /* its channel */
+} ckv_bad;
+
+typedef struct {
+    const char *name; /* "portable", "avx2", "avx512", "neon" */
+
+    /* ---- attention over rows ------------------------------------------------------------------------------ */
+
+    /* out[j*ld + i] = scale * dot(q + j*q_stride, row first+i), i < count, j < m. Every row is read, converted or
+     * unpacked once for all m query rows (in blocks of a few query rows at most). `scratch` has at least
+     * ckv_scratch_floats(dim, m) floats. Rows may start anywhere, also inside a group. */
+    void (*logits)(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
+                   float scale, float *out, size_t ld, float *scratch);
+
+    /* acc[j*acc_stride + c] += sum_i p[j*ld + i] * row(first+i)[c]. A weight of exactly 0 contributes nothing. */
+    void (*accumulate)(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
+                       float *acc, size_t acc_stride, float *scratch);
+
+    /* In place over one row of n logits:
+     *   x = logits[i]; if (softcap > 0) x = softcap * tanhf(x / softcap); if (bias) x += bias[i];
+     *   max = maximum of x; logits[i] = exp(x - max); *sum = their sum; return max.
+     * n == 0 or all x == -inf: every output 0, *sum = 0, returns -INFINITY. exp within 2 ulp-ish (rel. error 1e-6). */
+    float (*softmax)(float *logits, uint32_t n, float softcap, const float *bias, float *sum);
+
+    /* x[i] = exp(x[i] - shift) ; x[i] == -inf gives 0. */
+    void (*exp_shift)(float *x, size_t n, float shift);
+
+    /* y[i] += a * x[i] ; y[i] *= a */
+    void (*axpy)(float *y, const float *x, float a, size_t n);
+    void (*scale_in_place)(float *y, float a, size_t n);
+
+    /* Plain strict-order-free dot product and the block product used for attention of many queries when BLAS is
+     * not worth calling: same contract as logits with a dense f32 run. */
+    float (*dot)(const float *x, const float *y, size_t n);
+
+    /* ---- conversion and encoding --------------------------------------------------------------------------- */
+
+    /* dst[i] = (dst_type) src[i], n elements, round to nearest even, overflow to infinity, NaN stays NaN. */
+    void (*convert)(void *dst, uint32_t dst_type, const void *src, uint32_t src_type, size_t n);
+
+    /* Index of the first element that is NaN or infinite, or -1. */
+    int64_t (*first_nonfinite)(const void *src, uint32_t type, size_t n);
+
+    /* Encode whole groups per channel. src: rows x dim elements of src_type, src_stride elements between rows.
+     * rows is a multiple of group. Writes codes, scale, min in the layout of CKV_AFFINE_CHANNEL.
+     * Per (group, channel): mn = min x, mx = max x (f32); s = (mx - mn) / Q, Q = 2^bits - 1;
+     * both rounded to meta_type first; when the rounded s is 0 the codes are 0;
+     * else code = clamp(rne((x - mn) / s), 0, Q) with the *rounded* s and mn, division (not a reciprocal multiply)
+     * or anything that gives identical codes. */
+    void (*encode_channel)(const void *src, uint32_t src_type, size_t src_stride, uint32_t rows, uint32_t dim,
+                           uint32_t group, uint32_t bits, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
+
+    /* Encode rows, groups of channels within a row, in the layout of CKV_AFFINE_ROW. Same arithmetic. */
+    void (*encode_row)(const void *src, uint32_t src_type, size_t src_stride, uint32_t rows, uint32_t dim,
+                       uint32_t group, uint32_t bits, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
+
+    /* out[i*out_stride + c] = row(first+i)[c] as f32: code * scale + min with one rounding per operation
+     * (no fused multiply-add), so that every CPU level gives the same bits. */
+    void (*decode)(const ckv_run *run, uint32_t first, uint32_t count, float *out, size_t out_stride);
+
+    /* ---- memory bandwidth, for benchmarks ------------------------------------------------------------------ */
+
+    /* Reads n bytes (multiple of 256, 64-byte aligned) as fast as the level can, returns a checksum. */
+    uint64_t (*read_memory)(const void *data, size_t n);
+} ckv_kernels;
+
+/* Floats of scratch that logits and accumulate need for rows of `dim` channels and m query rows. */
+size_t ckv_scratch_floats(uint32_t dim, uint32_t m);
+
+/* The levels compiled in for this architecture, best first; the last one is portable. */
+size_t ckv_level_count(void);
+const ckv_kernels *ckv_level(size_t index);
+/* Whether the CPU that runs this can run that level. */
+bool ckv_level_supported(size_t index);
+/* The best supported level. */
+const ckv_kernels *ckv_best(void);
+/* By name; NULL when not compiled in or not supported by this CPU. */
+const ckv_kernels *ckv_named(const char *name);
+
+/* Words per row (CKV_AFFINE_ROW) and per group of one channel (CKV_AFFINE_CHANNEL). */
+uint32_t ckv_row_words(uint32_t dim, uint32_t bits);
+uint32_t ckv_group_words(uint32_t group, uint32_t bits);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,169 @@
+/* What all levels share: scalar conversions, layout arithmetic, bit packing, and the tables of the levels.
+ * Nothing here needs libm: at baseline x86-64 rintf and friends are library calls. */
+#ifndef CKV_INTERNAL_H
+#define CKV_INTERNAL_H
+
+#include "include/ckv.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Every fused multiply-add in this library is written as one. Anything else rounds after each operation, so that
+ * encode and decode give the same bits at every level. */
+#pragma STDC FP_CONTRACT OFF
+
+#define CKV_INLINE static inline __attribute__((always_inline))
+
+/* For loops over the registers of a block: without it some stay loops, and their arrays in memory. */
+#define CKV_UNROLL _Pragma("clang loop unroll(full)")
+
+/* Adding and subtracting this rounds 0 <= x < 2^22 to the nearest integer, ties to even. */
+#define CKV_ROUND_MAGIC 12582912.0f
+
+/* Rows the levels decode at a time when they work from an f32 tile. */
+#define CKV_TILE_ROWS 32u
+
+/* ---- scalar conversions ------------------------------------------------------------------------------------- */
+
+CKV_INLINE uint32_t ckv_bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+
+CKV_INLINE float ckv_float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+CKV_INLINE float ckv_from_f16(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) return ckv_float_of(sign | 0x7f800000u | (rest & 0x3ffu ? 0x400000u : 0) | (rest & 0x3ffu) << 13);
+  if (rest >= 0x0400u) return ckv_float_of(sign | ((rest << 13) + (112u << 23)));
+  float magnitude = (float)rest * 0x1p-24f; /* zero and subnormals: exact */
+  return ckv_float_of(sign | ckv_bits_of(magnitude));
+}
+
+CKV_INLINE uint16_t ckv_to_f16(float x) {
+  uint32_t u = ckv_bits_of(x), sign = u >> 16 & 0x8000u, rest = u & 0x7fffffffu;
+  if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (rest >> 13 & 0x3ffu));
+  if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
+  if (rest >= 0x38800000u) {
+    rest += 0xfffu + (rest >> 13 & 1u); /* a carry out of the mantissa raises the exponent, as it should */
+    return (uint16_t)(sign | (rest - (112u << 23)) >> 13);
+  }
+  /* Subnormal results: adding 0.5 aligns the value so that the addition does the rounding. */
+  float aligned = ckv_float_of(rest) + 0.5f;
+  return (uint16_t)(sign | (ckv_bits_of(aligned) - 0x3f000000u));
+}
+
+CKV_INLINE float ckv_from_bf16(uint16_t h) { return ckv_float_of((uint32_t)h << 16); }
+
+CKV_INLINE uint16_t ckv_to_bf16(float x) {
+  uint32_t u = ckv_bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40u);
+  return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+
+CKV_INLINE size_t ckv_size_of(uint32_t type) { return type == CKV_F32 ? 4 : 2; }
+
+CKV_INLINE float ckv_load_scalar(const void *p, uint32_t type, size_t i) {
+  if (type == CKV_F32) {
+    float x;
+    memcpy(&x, (const char *)p + i * 4, 4);
+    return x;
+  }
+  uint16_t h;
+  memcpy(&h, (const char *)p + i * 2, 2);
+  return type == CKV_F16 ? ckv_from_f16(h) : ckv_from_bf16(h);
+}
+
+CKV_INLINE void ckv_store_scalar(void *p, uint32_t type, size_t i, float x) {
+  if (type == CKV_F32) {
+    memcpy((char *)p + i * 4, &x, 4);
+    return;
+  }
+  uint16_t h = type == CKV_F16 ? ckv_to_f16(x) : ckv_to_bf16(x);
+  memcpy((char *)p + i * 2, &h, 2);
+}
+
+/* ---- layout -------------------------------------------------------------------------------------------------- */
+
+CKV_INLINE uint32_t ckv_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+/* Words of one row of codes without a second plane. */
+CKV_INLINE uint32_t ckv_plane_words(uint32_t n, uint32_t bits) { return (uint32_t)(((uint64_t)n * bits + 31) / 32); }
+
+CKV_INLINE float ckv_levels(uint32_t bits) { return (float)((1u << bits) - 1); }
+
+/* One word of a plane of CKV_AFFINE_CHANNEL codes: the word row that holds row `r` of a group. */
+CKV_INLINE const uint32_t *ckv_group_codes(const ckv_run *run, uint32_t g) {
+  return (const uint32_t *)run->data + (size_t)g * ckv_group_words(run->group, run->bits) * run->dim;
+}
+
+CKV_INLINE const void *ckv_offset(const void *p, uint32_t type, size_t elements) {
+  return (const char *)p + elements * ckv_size_of(type);
+}
+
+/* ---- packing rows of codes ------------------------------------------------------------------------------------ */
+
+/* Eight codes, one a byte, to eight times `bits` bits. */
+CKV_INLINE uint32_t ckv_squeeze(uint64_t x, uint32_t bits) {
+  x = (x | x >> (8 - bits)) & (bits == 4 ? 0x00ff00ff00ff00ffu : bits == 2 ? 0x000f000f000f000fu : 0x0003000300030003u);
+  x = (x | x >> (16 - 2 * bits)) &
+      (bits == 4 ? 0x0000ffff0000ffffu : bits == 2 ? 0x000000ff000000ffu : 0x0000000f0000000fu);
+  return (uint32_t)(x | x >> (32 - 4 * bits));
+}
+
+/* Codes, one a byte, `n` of them zero-padded to a multiple of 32, to words of `bits` = 1, 2, 4 or 8 bits. */
+CKV_INLINE void ckv_pack_plane(const uint8_t *codes, uint32_t n, uint32_t bits, uint32_t *words) {
+  uint32_t count = ckv_plane_words(n, bits), per = 32 / bits;
+  if (bits == 8) {
+    memcpy(words, codes, (size_t)count * 4);
+    return;
+  }
+  for (uint32_t w = 0; w < count; w++) {
+    uint32_t word = 0;
+    for (uint32_t i = 0; i < per; i += 8) {
+      uint64_t eight;
+      memcpy(&eight, codes + (size_t)w * per + i, 8);
+      uint32_t squeezed = ckv_squeeze(eight, bits);
+      word |= (bits == 4 ? squeezed : squeezed & ((1u << 8 * bits) - 1)) << (i * bits);
+    }
+    words[w] = word;
+  }
+}
+
+/* A row of codes in the layout of CKV_AFFINE_ROW. `codes` is zero-padded to a multiple of 32; for bits = 3 it is
+ * overwritten. */
+CKV_INLINE void ckv_pack_row(uint8_t *codes, uint32_t n, uint32_t bits, uint32_t *words) {
+  if (bits == 2) ckv_pack_plane(codes, n, 2, words);
+  if (bits == 4) ckv_pack_plane(codes, n, 4, words);
+  if (bits == 8) ckv_pack_plane(codes, n, 8, words);
+  if (bits != 3) return;
+  uint8_t high[4096 + 64];
+  uint32_t padded = (n + 31) & ~31u;
+  for (uint32_t c = 0; c < padded; c++) {
+    high[c] = codes[c] >> 2;
+    codes[c] &= 3;
+  }
+  ckv_pack_plane(codes, n, 2, words);
+  ckv_pack_plane(high, n, 1, words + ckv_plane_words(n, 2));
+}
+
+/* ---- levels --------------------------------------------------------------------------------------------------- */
+
+extern const ckv_kernels ckv_portable;
+#if defined(__x86_64__)
+extern const ckv_kernels ckv_avx2;
+extern const ckv_kernels ckv_avx512;      /* F, BW, VL, DQ */
+extern const ckv_kernels ckv_avx512_vnni; /* the same with VNNI; the same name, chosen by the CPU */
+/* Its logits: affine keys by integer dot products. */
+void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
+                     float scale, float *out, size_t ld, float *scratch);
+#elif defined(__aarch64__)
+extern const ckv_kernels ckv_neon;
+#endif
+
+#endif

@@ -1,0 +1,8 @@
+/* The operations of a level that lanes_*.h define; the entry `logits` may be another. */
+#define V_TABLE(level_name, logits_entry)                                                                            \
+  {                                                                                                                  \
+    .name = level_name, .logits = logits_entry, .accumulate = accumulate, .softmax = softmax, .exp_shift = exp_shift, \
+    .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot, .convert = convert,                                  \
+    .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \
+    .decode = decode, .read_memory = read_memory,                                                                    \
+  }

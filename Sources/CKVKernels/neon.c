@@ -1,0 +1,16 @@
+/* The level "neon": baseline A64. */
+#if defined(__aarch64__)
+#include "internal.h"
+
+#include <arm_neon.h>
+
+#include "lanes_neon.h"
+
+#include "lanes_coding.h"
+#include "lanes_vector.h"
+
+#include "lanes_attend.h"
+#include "lanes_table.h"
+
+const ckv_kernels ckv_neon = V_TABLE("neon", logits);
+#endif

@@ -1,0 +1,245 @@
+internal import CKVKernels
+internal import KVCore
+
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
+
+/// Rows whose logits are formed at one time: 1024 logits of a few query rows stay in the first-level cache, and the
+/// keys and values of 1024 rows in the second.
+let blockRows = 1024
+
+/// The queries of one KV head in one piece of work: `tokens` positions of `group` heads each, token-major.
+struct QueryBlock {
+  /// f32 [tokens * group][keyDim], already turned to the phase of the rows they will meet.
+  var base: UnsafePointer<Float>
+  var tokens: Int
+  var group: Int
+  /// Position of the first token; `Int.max` sees everything.
+  var firstPosition: Int
+  var rows: Int { tokens * group }
+}
+
+/// A running partial per query row.
+struct PartialBlock {
+  var maxima: UnsafeMutablePointer<Float>
+  var sums: UnsafeMutablePointer<Float>
+  /// [rows][valueDim].
+  var accumulators: UnsafeMutablePointer<Float>
+
+  static func floats(rows: Int, valueDim: Int) -> Int { rows * (2 + valueDim) }
+
+  init(at base: UnsafeMutablePointer<Float>, rows: Int) {
+    maxima = base
+    sums = base + rows
+    accumulators = base + 2 * rows
+  }
+
+  func clear(rows: Int, valueDim: Int) {
+    for row in 0..<rows {
+      maxima[row] = -.infinity
+      sums[row] = 0
+    }
+    accumulators.update(repeating: 0, count: rows * valueDim)
+  }
+}
+
+/// Where the exponentials of every row are kept when the caller wants statistics: one row of `stride` floats per query
+/// row, and the maximum each block of rows was taken relative to.
+struct KeptWeights {
+  var base: UnsafeMutablePointer<Float>
+  var stride: Int
+  /// [block][query row].
+  var maxima: UnsafeMutablePointer<Float>
+}
+
+/// Attention of one query block over rows of one head: logits, softmax relative to the block, values, merge. The one
+/// loop behind decoding, prefill and window scores.
+struct RowAttention {
+  let kernels: UnsafePointer<ckv_kernels>
+  let plan: AttentionPlanView
+  let keyDim: Int
+  let valueDim: Int
+  let scale: Float
+  let softcap: Float
+  let slidingWindow: Int
+  /// [query rows][blockRows] logits, then kernel scratch.
+  let logits: UnsafeMutablePointer<Float>
+  let scratch: UnsafeMutablePointer<Float>
+
+  static func floats(rows: Int, keyDim: Int, valueDim: Int) -> Int {
+    rows * blockRows + Int(ckv_scratch_floats(UInt32(max(keyDim, valueDim)), UInt32(rows)))
+  }
+
+  /// Adds rows `range` of `work` to the partial. With `kept`, the exponentials are also left there, at the row's own
+  /// index plus `keptOffset`.
+  func add(
+    _ work: RowsWork, range: Range<Int>, queries: QueryBlock, to partial: PartialBlock, kept: KeptWeights? = nil,
+    keptOffset: Int = 0
+  ) {
+    var start = range.lowerBound
+    while start < range.upperBound {
+      let end = min(start + blockRows, range.upperBound)
+      addBlock(work, start..<end, queries, partial, kept, keptOffset)
+      start = end
+    }
+  }
+
+  private func addBlock(
+    _ work: RowsWork, _ block: Range<Int>, _ queries: QueryBlock, _ partial: PartialBlock, _ kept: KeptWeights?,
+    _ keptOffset: Int
+  ) {
+    let m = queries.rows
+    let visible = visibleRows(work, queries, block)
+    let target = kept.map { $0.base + keptOffset + block.lowerBound } ?? logits
+    let stride = kept?.stride ?? blockRows
+    if let kept {
+      // Rows no query of the block sees weigh nothing.
+      let maxima = kept.maxima + (keptOffset + block.lowerBound) / blockRows * m
+      for row in 0..<m { maxima[row] = -.infinity }
+      for row in 0..<m { (target + row * stride).update(repeating: 0, count: block.count) }
+    }
+    if visible.isEmpty { return }
+    let offset = visible.lowerBound - block.lowerBound
+    form(work.keys, visible, queries, into: target + offset, stride: stride)
+
+    for token in 0..<queries.tokens {
+      let own = rows(work, queries, token: token).clamped(to: visible)
+      for member in 0..<queries.group {
+        let row = token * queries.group + member
+        let line = target + row * stride
+        softmax(
+          line, own: own, visible: visible, blockStart: block.lowerBound, work: work, row: row, partial: partial,
+          kept: kept.map { $0.maxima + (keptOffset + block.lowerBound) / blockRows * m })
+      }
+    }
+    if valueDim > 0 {
+      accumulate(work.values, visible, weights: target + offset, stride: stride, rows: m, partial)
+    }
+  }
+
+  /// Turns one line of logits into weights relative to the running maximum of its query row, and merges.
+  private func softmax(
+    _ line: UnsafeMutablePointer<Float>, own: Range<Int>, visible: Range<Int>, blockStart: Int, work: RowsWork,
+    row: Int, partial: PartialBlock, kept: UnsafeMutablePointer<Float>?
+  ) {
+    let first = visible.lowerBound - blockStart
+    if own.isEmpty {
+      (line + first).update(repeating: 0, count: visible.count)
+      return
+    }
+    let begin = own.lowerBound - blockStart
+    if begin > first { (line + first).update(repeating: 0, count: begin - first) }
+    let end = own.upperBound - blockStart
+    let last = visible.upperBound - blockStart
+    if end < last { (line + end).update(repeating: 0, count: last - end) }
+
+    var sum: Float = 0
+    let top = kernels.pointee.softmax!(
+      line + begin, UInt32(own.count), softcap, work.bias.map { $0 + own.lowerBound }, &sum)
+    if sum == 0 { return }
+    let accumulator = partial.accumulators + row * valueDim
+    if top > partial.maxima[row] {
+      if partial.sums[row] > 0 {
+        let shrink = expf(partial.maxima[row] - top)
+        partial.sums[row] *= shrink
+        if valueDim > 0 { kernels.pointee.scale_in_place!(accumulator, shrink, valueDim) }
+      }
+      partial.maxima[row] = top
+      partial.sums[row] += sum
+    } else {
+      let shrink = expf(top - partial.maxima[row])
+      partial.sums[row] += sum * shrink
+      kernels.pointee.scale_in_place!(line + begin, shrink, own.count)
+    }
+    kept?[row] = partial.maxima[row]
+  }
+
+  // MARK: Rows a query sees
+
+  /// Rows of `work` that the query of a token sees: at or before its position, inside the sliding window.
+  private func rows(_ work: RowsWork, _ queries: QueryBlock, token: Int) -> Range<Int> {
+    if queries.firstPosition == Int.max { return 0..<work.count }
+    let position = queries.firstPosition + token
+    let end = work.lowerBound(position + 1)
+    if slidingWindow == 0 { return 0..<end }
+    return min(work.lowerBound(position - slidingWindow + 1), end)..<end
+  }
+
+  /// Rows of the block that any query sees.
+  private func visibleRows(_ work: RowsWork, _ queries: QueryBlock, _ block: Range<Int>) -> Range<Int> {
+    let first = rows(work, queries, token: 0)
+    let last = rows(work, queries, token: queries.tokens - 1)
+    return (first.lowerBound..<max(last.upperBound, first.lowerBound)).clamped(to: block)
+  }
+
+  // MARK: Kernels over slices
+
+  private func form(
+    _ slices: Range<Int>, _ range: Range<Int>, _ queries: QueryBlock, into target: UnsafeMutablePointer<Float>,
+    stride: Int
+  ) {
+    let logits = kernels.pointee.logits!
+    forEach(slices, range) { run, first, count, offset in
+      withUnsafePointer(to: run) {
+        logits(
+          $0, UInt32(first), UInt32(count), queries.base, UInt32(queries.rows), keyDim, scale, target + offset,
+          stride, scratch)
+      }
+    }
+  }
+
+  private func accumulate(
+    _ slices: Range<Int>, _ range: Range<Int>, weights: UnsafePointer<Float>, stride: Int, rows: Int,
+    _ partial: PartialBlock
+  ) {
+    let accumulate = kernels.pointee.accumulate!
+    forEach(slices, range) { run, first, count, offset in
+      withUnsafePointer(to: run) {
+        accumulate(
+          $0, UInt32(first), UInt32(count), weights + offset, UInt32(rows), stride, partial.accumulators, valueDim,
+          scratch)
+      }
+    }
+  }
+
+  /// Calls `body(run, first row of the run, count, offset from range.lowerBound)` for every slice that meets `range`.
+  private func forEach(_ slices: Range<Int>, _ range: Range<Int>, _ body: (ckv_run, Int, Int, Int) -> Void) {
+    var start = 0
+    for index in slices {
+      let slice = plan.slices[index]
+      let end = start + slice.count
+      if end > range.lowerBound, start < range.upperBound {
+        let low = max(start, range.lowerBound)
+        let high = min(end, range.upperBound)
+        body(slice.run.kernelRun, slice.first + low - start, high - low, low - range.lowerBound)
+      }
+      if end >= range.upperBound { return }
+      start = end
+    }
+  }
+}
+
+/// The arrays of a plan as pointers, readable from every worker.
+struct AttentionPlanView {
+  let slices: UnsafePointer<RunSlice>
+}
+
+extension RowsWork {
+  /// First row whose position is at least `position`.
+  func lowerBound(_ position: Int) -> Int {
+    guard let positions else { return min(max(position - firstPosition, 0), count) }
+    if count > 0, Int(positions[count - 1]) < position { return count }
+    var low = 0
+    var high = count
+    while low < high {
+      let middle = (low + high) / 2
+      if Int(positions[middle]) < position { low = middle + 1 } else { high = middle }
+    }
+    return low
+  }
+}

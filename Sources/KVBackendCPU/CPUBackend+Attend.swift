@@ -1,0 +1,314 @@
+internal import CKVKernels
+package import KVCore
+
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
+
+/// Attention of a plan. Two shapes of work:
+///
+/// - few queries (decoding, drafts): one item per piece of rows of one head, partials merged afterwards in row order;
+/// - many queries (prefill): one item per block of queries of one head, which walks all rows.
+///
+/// How work is cut depends on the shapes of one sequence only, never on threads or on the rest of a batch: the same bits
+/// come out of any thread count, alone or in a batch.
+extension CPUBackend {
+  /// Queries up to which rows are split between items.
+  private static let fewQueries = 32
+
+  package func attend(_ plan: AttentionPlan) {
+    let call = AttendCall(backend: self, plan: plan)
+    call.run()
+  }
+
+  fileprivate struct AttendCall {
+    let backend: CPUBackend
+    let plan: AttentionPlan
+
+    func run() {
+      for index in plan.sequences.indices where plan.sequences[index].tokens > CPUBackend.fewQueries {
+        backend.attendMany(plan, sequence: index)
+      }
+      backend.attendFew(plan)
+    }
+  }
+
+  // MARK: Few queries
+
+  /// One piece of rows of one head of one sequence.
+  private struct Piece {
+    var sequence: Int
+    var work: Int
+    var range: Range<Int>
+    /// Offsets in the workspace, in floats.
+    var queries: Int
+    var partial: Int
+    /// Exponentials of the whole head, when statistics are wanted.
+    var kept: Int
+    var keptMaxima: Int
+    var keptStride: Int
+    var keptOffset: Int
+  }
+
+  /// Rows of one item: at least a block, at most 32 items a head.
+  private static func pieceRows(_ count: Int) -> Int {
+    let blocks = (count + blockRows - 1) / blockRows
+    return max(1, (blocks + 31) / 32) * blockRows
+  }
+
+  private func attendFew(_ plan: AttentionPlan) {
+    var pieceCount = 0
+    for sequence in plan.sequences where sequence.tokens <= CPUBackend.fewQueries {
+      for index in sequence.work {
+        let rows = CPUBackend.pieceRows(plan.rows[index].count)
+        pieceCount += (plan.rows[index].count + rows - 1) / rows
+      }
+    }
+    withUnsafeTemporaryAllocation(of: Piece.self, capacity: max(pieceCount, 1)) { pieces in
+      var layout = Layout()
+      var scratchFloats = 0
+      var filled = 0
+      for (index, sequence) in plan.sequences.enumerated() where sequence.tokens <= CPUBackend.fewQueries {
+        scratchFloats = max(
+          scratchFloats,
+          RowAttention.floats(
+            rows: sequence.tokens * sequence.group, keyDim: sequence.keyDim, valueDim: sequence.valueDim))
+        addPieces(of: index, plan, to: pieces, filled: &filled, layout: &layout)
+      }
+      let workers = min(threads, max(filled, 1))
+      let scratch = layout.take(workers * scratchFloats)
+      let memory = plan.workspace.floats(layout.total)
+
+      // Queries in f32, contiguous per head, turned for the rows they meet.
+      for piece in 0..<filled where piece == 0 || pieces[piece].work != pieces[piece - 1].work {
+        loadQueries(
+          plan.sequences[pieces[piece].sequence], work: plan.rows[pieces[piece].work],
+          tokens: 0..<plan.sequences[pieces[piece].sequence].tokens, into: memory + pieces[piece].queries)
+      }
+      plan.slices.withUnsafeBufferPointer { slices in
+        guard let base = slices.baseAddress else { return }
+        let view = AttentionPlanView(slices: base)
+        parallel(filled) { worker, item in
+          addPiece(pieces[item], plan, view, memory, scratch: memory + scratch + worker * scratchFloats)
+        }
+      }
+      var start = 0
+      while start < filled {
+        let work = plan.rows[pieces[start].work]
+        var end = start
+        while end < filled, pieces[end].sequence == pieces[start].sequence,
+          plan.rows[pieces[end].work].kvHead == work.kvHead
+        {
+          end += 1
+        }
+        finishHead(pieces[start..<end], plan, memory)
+        start = end
+      }
+      zeroHeadsWithoutRows(plan)
+    }
+  }
+
+  private func addPieces(
+    of index: Int, _ plan: AttentionPlan, to pieces: UnsafeMutableBufferPointer<Piece>, filled: inout Int,
+    layout: inout Layout
+  ) {
+    let sequence = plan.sequences[index]
+    let m = sequence.tokens * sequence.group
+    var start = sequence.work.lowerBound
+    while start < sequence.work.upperBound {
+      let head = plan.rows[start].kvHead
+      var end = start
+      var padded = 0
+      var scored = false
+      while end < sequence.work.upperBound, plan.rows[end].kvHead == head {
+        padded += CPUBackend.padded(plan.rows[end].count)
+        scored = scored || plan.rows[end].score != nil
+        end += 1
+      }
+      let kept = scored ? layout.take(m * padded) : -1
+      let keptMaxima = scored ? layout.take(m * padded / blockRows) : -1
+      var offset = 0
+      for work in start..<end {
+        let count = plan.rows[work].count
+        let queries = layout.take(m * sequence.keyDim)
+        let rows = CPUBackend.pieceRows(count)
+        for first in stride(from: 0, to: count, by: rows) {
+          pieces.initializeElement(
+            at: filled,
+            to: Piece(
+              sequence: index, work: work, range: first..<min(first + rows, count), queries: queries,
+              partial: layout.take(PartialBlock.floats(rows: m, valueDim: sequence.valueDim)), kept: kept,
+              keptMaxima: keptMaxima, keptStride: padded, keptOffset: offset))
+          filled += 1
+        }
+        offset += CPUBackend.padded(count)
+      }
+      start = end
+    }
+  }
+
+  static func padded(_ rows: Int) -> Int { (rows + blockRows - 1) / blockRows * blockRows }
+
+  private func addPiece(
+    _ piece: Piece, _ plan: AttentionPlan, _ view: AttentionPlanView, _ memory: UnsafeMutablePointer<Float>,
+    scratch: UnsafeMutablePointer<Float>
+  ) {
+    let sequence = plan.sequences[piece.sequence]
+    let m = sequence.tokens * sequence.group
+    let attention = rowAttention(sequence, view, rows: m, scratch: scratch)
+    let partial = PartialBlock(at: memory + piece.partial, rows: m)
+    partial.clear(rows: m, valueDim: sequence.valueDim)
+    let kept =
+      piece.kept < 0
+      ? nil
+      : KeptWeights(base: memory + piece.kept, stride: piece.keptStride, maxima: memory + piece.keptMaxima)
+    attention.add(
+      plan.rows[piece.work], range: piece.range,
+      queries: QueryBlock(
+        base: memory + piece.queries, tokens: sequence.tokens, group: sequence.group,
+        firstPosition: sequence.firstPosition), to: partial, kept: kept, keptOffset: piece.keptOffset)
+  }
+
+  func rowAttention(
+    _ sequence: SequenceWork, _ view: AttentionPlanView, rows: Int, scratch: UnsafeMutablePointer<Float>
+  ) -> RowAttention {
+    RowAttention(
+      kernels: kernels, plan: view, keyDim: sequence.keyDim, valueDim: sequence.valueDim, scale: sequence.scale,
+      softcap: sequence.softcap, slidingWindow: sequence.slidingWindow, logits: scratch,
+      scratch: scratch + rows * blockRows)
+  }
+
+  /// Merges the partials of one head in row order, writes the output, adds the statistics.
+  private func finishHead(
+    _ pieces: Slice<UnsafeMutableBufferPointer<Piece>>, _ plan: AttentionPlan, _ memory: UnsafeMutablePointer<Float>
+  ) {
+    guard let first = pieces.first else { return }
+    let sequence = plan.sequences[first.sequence]
+    let m = sequence.tokens * sequence.group
+    let total = PartialBlock(at: memory + first.partial, rows: m)
+    for piece in pieces.dropFirst() {
+      merge(PartialBlock(at: memory + piece.partial, rows: m), into: total, rows: m, dim: sequence.valueDim)
+    }
+    writeOutput(total, sequence, kvHead: plan.rows[first.work].kvHead, tokens: 0..<sequence.tokens)
+    if first.kept < 0 { return }
+    for piece in pieces where piece.range.lowerBound == 0 {
+      let work = plan.rows[piece.work]
+      guard let score = work.score else { continue }
+      addScores(
+        KeptWeights(base: memory + piece.kept, stride: piece.keptStride, maxima: memory + piece.keptMaxima),
+        offset: piece.keptOffset, count: work.count, total, rows: m, to: score)
+    }
+  }
+
+  private func merge(_ part: PartialBlock, into total: PartialBlock, rows: Int, dim: Int) {
+    for row in 0..<rows where part.sums[row] > 0 {
+      let target = total.accumulators + row * dim
+      let source = part.accumulators + row * dim
+      if total.sums[row] == 0 {
+        total.maxima[row] = part.maxima[row]
+        total.sums[row] = part.sums[row]
+        target.update(from: source, count: dim)
+        continue
+      }
+      let top = max(total.maxima[row], part.maxima[row])
+      let mine = expf(total.maxima[row] - top)
+      let theirs = expf(part.maxima[row] - top)
+      if mine != 1 { kernels.pointee.scale_in_place!(target, mine, dim) }
+      kernels.pointee.axpy!(target, source, theirs, dim)
+      total.sums[row] = total.sums[row] * mine + part.sums[row] * theirs
+      total.maxima[row] = top
+    }
+  }
+
+  /// Adds to each row the probability it received, summed over the query rows of the block.
+  func addScores(
+    _ kept: KeptWeights, offset: Int, count: Int, _ total: PartialBlock, rows: Int,
+    to score: UnsafeMutablePointer<Float>
+  ) {
+    for first in stride(from: 0, to: count, by: blockRows) {
+      let length = min(blockRows, count - first)
+      let maxima = kept.maxima + (offset + first) / blockRows * rows
+      for row in 0..<rows where total.sums[row] > 0 && maxima[row] > -.infinity {
+        let factor = expf(maxima[row] - total.maxima[row]) / total.sums[row]
+        kernels.pointee.axpy!(score + first, kept.base + row * kept.stride + offset + first, factor, length)
+      }
+    }
+  }
+
+  func writeOutput(_ partial: PartialBlock, _ sequence: SequenceWork, kvHead: Int, tokens: Range<Int>) {
+    for (local, token) in tokens.enumerated() {
+      for member in 0..<sequence.group {
+        let row = local * sequence.group + member
+        let head = kvHead * sequence.group + member
+        let target = sequence.output + head * sequence.outputHeadStride + token * sequence.outputTokenStride
+        let sum = partial.sums[row]
+        if sum > 0 {
+          target.update(from: partial.accumulators + row * sequence.valueDim, count: sequence.valueDim)
+          kernels.pointee.scale_in_place!(target, 1 / sum, sequence.valueDim)
+        } else {
+          target.update(repeating: 0, count: sequence.valueDim)
+        }
+        if let logSumExp = sequence.logSumExp {
+          logSumExp[head * sequence.tokens + token] = sum > 0 ? partial.maxima[row] + logf(sum) : -.infinity
+        }
+      }
+    }
+  }
+
+  /// Heads that hold nothing have no piece; their output is zero.
+  private func zeroHeadsWithoutRows(_ plan: AttentionPlan) {
+    for sequence in plan.sequences where sequence.tokens <= CPUBackend.fewQueries {
+      for head in 0..<sequence.kvHeads {
+        if sequence.work.contains(where: { plan.rows[$0].kvHead == head && plan.rows[$0].count > 0 }) { continue }
+        withUnsafeTemporaryAllocation(
+          of: Float.self,
+          capacity: PartialBlock.floats(rows: sequence.tokens * sequence.group, valueDim: sequence.valueDim)
+        ) { buffer in
+          guard let base = buffer.baseAddress else { return }
+          let empty = PartialBlock(at: base, rows: sequence.tokens * sequence.group)
+          empty.clear(rows: sequence.tokens * sequence.group, valueDim: sequence.valueDim)
+          writeOutput(empty, sequence, kvHead: head, tokens: 0..<sequence.tokens)
+        }
+      }
+    }
+  }
+
+  // MARK: Queries
+
+  /// Queries of some tokens and one KV head as f32 [token][group][keyDim], turned back by the shift of the rows.
+  func loadQueries(
+    _ sequence: SequenceWork, work: RowsWork, tokens: Range<Int>, into target: UnsafeMutablePointer<Float>
+  ) {
+    let convert = kernels.pointee.convert!
+    let size = sequence.queryType.byteCount
+    for (local, token) in tokens.enumerated() {
+      for member in 0..<sequence.group {
+        let head = work.kvHead * sequence.group + member
+        let source =
+          sequence.queries + (head * sequence.queryHeadStride + token * sequence.queryTokenStride) * size
+        let row = target + (local * sequence.group + member) * sequence.keyDim
+        convert(row, UInt32(ElementType.f32.rawValue), source, UInt32(sequence.queryType.rawValue), sequence.keyDim)
+        if work.shift != 0, let rotary = sequence.rotary, sequence.firstPosition != Int.max {
+          let position = sequence.firstPosition + token
+          rotary.move(row: row, from: position, to: position - work.shift)
+        }
+      }
+    }
+  }
+}
+
+/// Hands out ranges of a workspace that is allocated once its size is known.
+struct Layout {
+  private(set) var total = 0
+
+  /// Offset of `floats` floats, 64-byte aligned.
+  mutating func take(_ floats: Int) -> Int {
+    let offset = total
+    total += (floats + 15) / 16 * 16
+    return offset
+  }
+}

@@ -1,0 +1,170 @@
+internal import CKVKernels
+package import KVCore
+
+/// Moving rows: in from an engine's tensors, between encodings, out to f32.
+extension CPUBackend {
+  package func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace? {
+    let check = kernels.pointee.first_nonfinite!
+    let type = UInt32(view.type.rawValue)
+    if view.tokenStride == view.dim || view.tokens == 1 {
+      for head in 0..<view.heads where view.tokens > 0 {
+        let index = check(view.row(head: head, token: 0), type, view.tokens * view.dim)
+        if index >= 0 { return ElementPlace(head: head, token: Int(index) / view.dim, channel: Int(index) % view.dim) }
+      }
+      return nil
+    }
+    if view.headStride == view.dim {
+      // [token, head, dim]: the heads of a token lie together. The first place in memory is the first token's.
+      for token in 0..<view.tokens {
+        let index = check(view.row(head: 0, token: token), type, view.heads * view.dim)
+        if index >= 0 { return ElementPlace(head: Int(index) / view.dim, token: token, channel: Int(index) % view.dim) }
+      }
+      return nil
+    }
+    for head in 0..<view.heads {
+      for token in 0..<view.tokens {
+        let index = check(view.row(head: head, token: token), type, view.dim)
+        if index >= 0 { return ElementPlace(head: head, token: token, channel: Int(index)) }
+      }
+    }
+    return nil
+  }
+
+  package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? {
+    let convert = kernels.pointee.convert!
+    let sourceType = UInt32(view.type.rawValue)
+    let dim = view.dim
+    for target in targets {
+      let slice = target.slice
+      let type = slice.run.encoding.type
+      let rowBytes = dim * type.byteCount
+      let base = slice.run.base + slice.first * rowBytes
+      if view.tokenStride == dim {
+        convert(
+          base, UInt32(type.rawValue), view.row(head: target.head, token: target.token), sourceType,
+          slice.count * dim)
+      } else {
+        for row in 0..<slice.count {
+          convert(
+            base + row * rowBytes, UInt32(type.rawValue), view.row(head: target.head, token: target.token + row),
+            sourceType, dim)
+        }
+      }
+      // Only f16 has a smaller range than what came; the check is before any of this counts as a row.
+      if target.range == .f16, view.type != .f16, let index = firstBeyondHalf(base, type, slice.count * dim) {
+        return ElementPlace(head: target.head, token: target.token + index / dim, channel: index % dim)
+      }
+    }
+    return nil
+  }
+
+  /// Index of the first element that is infinite in f16.
+  private func firstBeyondHalf(_ elements: UnsafeRawPointer, _ type: ElementType, _ count: Int) -> Int? {
+    let half = UInt32(ElementType.f16.rawValue)
+    if type == .f16 {
+      let index = kernels.pointee.first_nonfinite!(elements, half, count)
+      return index < 0 ? nil : Int(index)
+    }
+    let block = 1024
+    return withUnsafeTemporaryAllocation(of: UInt16.self, capacity: block) { buffer in
+      guard let scratch = buffer.baseAddress else { return nil }
+      for start in stride(from: 0, to: count, by: block) {
+        let length = min(block, count - start)
+        kernels.pointee.convert!(
+          scratch, half, elements + start * type.byteCount, UInt32(type.rawValue), length)
+        let index = kernels.pointee.first_nonfinite!(scratch, half, length)
+        if index >= 0 { return start + Int(index) }
+      }
+      return nil
+    }
+  }
+
+  package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
+    var run = slice.run.kernelRun
+    kernels.pointee.decode!(&run, UInt32(slice.first), UInt32(slice.count), destination, stride)
+  }
+
+  package func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {
+    var next = row
+    if sources.allSatisfy({ verbatim($0, target, row: row) }) {
+      for source in sources {
+        copyRows(source, to: target, row: next)
+        next += source.count
+      }
+      return
+    }
+    let total = sources.reduce(0) { $0 + $1.count }
+    let dim = target.dim
+    // A block of rows at a time through f32 that stays in the cache of the core.
+    let unit = target.encoding.rowsPerUnit
+    let block = max(256 / unit, 1) * unit
+    withUnsafeTemporaryAllocation(of: Float.self, capacity: min(block, total) * dim) { buffer in
+      guard let scratch = buffer.baseAddress else { return }
+      var source = 0
+      var offset = 0
+      var done = 0
+      while done < total {
+        let count = min(block, total - done)
+        var filled = 0
+        while filled < count {
+          let taken = min(count - filled, sources[source].count - offset)
+          read(
+            RunSlice(run: sources[source].run, first: sources[source].first + offset, count: taken),
+            into: scratch + filled * dim, stride: dim)
+          filled += taken
+          offset += taken
+          if offset == sources[source].count {
+            source += 1
+            offset = 0
+          }
+        }
+        encode(scratch, rows: count, to: target, row: next)
+        next += count
+        done += count
+      }
+    }
+  }
+
+  private func verbatim(_ source: RunSlice, _ target: RowRun, row: Int) -> Bool {
+    let unit = target.encoding.rowsPerUnit
+    return source.run.encoding == target.encoding && source.first % unit == 0 && source.count % unit == 0
+      && row % unit == 0
+  }
+
+  private func copyRows(_ source: RunSlice, to target: RowRun, row: Int) {
+    let encoding = target.encoding
+    let dim = target.dim
+    let from = encoding.payloadBytes(rows: source.first, dim: dim)
+    let to = encoding.payloadBytes(rows: row, dim: dim)
+    (target.base + to).copyMemory(
+      from: source.run.base + from, byteCount: encoding.payloadBytes(rows: source.count, dim: dim))
+    let scaleBytes = encoding.scaleBytes(rows: source.count, dim: dim)
+    if scaleBytes == 0 { return }
+    let scaleFrom = encoding.scaleBytes(rows: source.first, dim: dim)
+    let scaleTo = encoding.scaleBytes(rows: row, dim: dim)
+    (target.scales + scaleTo).copyMemory(from: source.run.scales + scaleFrom, byteCount: scaleBytes)
+    (target.minima + scaleTo).copyMemory(from: source.run.minima + scaleFrom, byteCount: scaleBytes)
+  }
+
+  /// Writes f32 rows into a run of any encoding.
+  private func encode(_ rows: UnsafePointer<Float>, rows count: Int, to target: RowRun, row: Int) {
+    let encoding = target.encoding
+    let dim = target.dim
+    let data = target.base + encoding.payloadBytes(rows: row, dim: dim)
+    let metadata = encoding.scaleBytes(rows: row, dim: dim)
+    let f32 = UInt32(ElementType.f32.rawValue)
+    let type = UInt32(encoding.type.rawValue)
+    switch encoding.kind {
+    case .dense:
+      kernels.pointee.convert!(data, type, rows, f32, count * dim)
+    case .affinePerChannel:
+      kernels.pointee.encode_channel!(
+        rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
+        data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)
+    case .affinePerToken:
+      kernels.pointee.encode_row!(
+        rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
+        data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)
+    }
+  }
+}

@@ -1,0 +1,126 @@
+internal import CKVKernels
+internal import Dispatch
+public import KVCore
+internal import Synchronization
+
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
+
+extension Backend {
+  /// Computes on the CPU.
+  ///
+  /// - Parameters:
+  ///   - threads: threads a call may use; nil: the cores there are, or the environment variable `KV_THREADS`. The result
+  ///     does not depend on it, to the bit.
+  ///   - level: `portable`, `avx2`, `avx512` or `neon`; nil: the best this CPU has, or the environment variable
+  ///     `KV_CPU_LEVEL`. Between levels results differ by rounding; codes and metadata never differ.
+  /// - Throws: `unavailable` for a level this CPU or build does not have, `invalidOption` for a thread count below 1.
+  public static func cpu(threads: Int? = nil, level: String? = nil) throws(KVError) -> Backend {
+    Backend(try CPUBackend(threads: threads, level: level))
+  }
+
+  /// The CPU levels this machine can run, best first.
+  public static var cpuLevels: [String] {
+    (0..<ckv_level_count()).filter { ckv_level_supported($0) }.map { String(cString: ckv_level($0).pointee.name) }
+  }
+}
+
+/// The CPU backend: C kernels picked at run time, threads over heads and token ranges.
+///
+/// Immutable but for its meter, so any number of caches on any threads may share one.
+package final class CPUBackend: ComputeBackend {
+  package let meter = MemoryMeter()
+  package let threads: Int
+  package let levelName: String
+  /// A table of function pointers in static memory.
+  nonisolated(unsafe) let kernels: UnsafePointer<ckv_kernels>
+
+  package var name: String { "cpu (\(levelName), \(threads) thread\(threads == 1 ? "" : "s"))" }
+
+  package init(threads: Int? = nil, level: String? = nil) throws(KVError) {
+    let wanted = level ?? CPUBackend.environment("KV_CPU_LEVEL")
+    if let wanted {
+      guard let found = ckv_named(wanted) else {
+        throw KVError(
+          .unavailable,
+          "CPU level \(wanted) is not available here; this machine has \(Backend.cpuLevels.joined(separator: ", "))")
+      }
+      kernels = found
+    } else {
+      kernels = ckv_best()
+    }
+    levelName = String(cString: kernels.pointee.name)
+
+    var count = threads
+    if count == nil, let text = CPUBackend.environment("KV_THREADS") {
+      guard let number = Int(text) else {
+        throw KVError(.invalidOption, "KV_THREADS must be a number of threads; got \(text)")
+      }
+      count = number
+    }
+    let resolved = count ?? max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN))))
+    guard (1...1024).contains(resolved) else {
+      throw KVError(.invalidOption, "threads must lie in 1...1024; got \(resolved)")
+    }
+    self.threads = resolved
+  }
+
+  private static func environment(_ name: String) -> String? {
+    guard let value = getenv(name) else { return nil }
+    let text = String(cString: value)
+    return text.isEmpty ? nil : text
+  }
+
+  package func allocate(byteCount: Int, hostVisible: Bool) throws(KVError) -> Buffer {
+    var base: UnsafeMutableRawPointer?
+    guard posix_memalign(&base, 64, max(byteCount, 64)) == 0, let base else {
+      throw KVError(.outOfMemory, "could not allocate \(byteCount) bytes")
+    }
+    return Buffer(base: base, byteCount: byteCount, meter: meter) { free($0) }
+  }
+
+  package func copy(from host: UnsafeRawPointer, to device: UnsafeMutableRawPointer, byteCount: Int) {
+    device.copyMemory(from: host, byteCount: byteCount)
+  }
+
+  package func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int) {
+    host.copyMemory(from: device, byteCount: byteCount)
+  }
+
+  /// Runs `body(worker, item)` for every item, on up to `threads` threads. Which worker runs an item is not defined, so
+  /// nothing an item computes may depend on it.
+  func parallel(_ items: Int, _ body: (_ worker: Int, _ item: Int) -> Void) {
+    let workers = min(threads, items)
+    if workers <= 1 {
+      for item in 0..<items { body(0, item) }
+      return
+    }
+    let next = Atomic<Int>(0)
+    withoutActuallyEscaping(body) { body in
+      // Dispatch asks for a Sendable closure. The work items are independent by the contract above, and the call waits.
+      nonisolated(unsafe) let body = body
+      DispatchQueue.concurrentPerform(iterations: workers) { worker in
+        while true {
+          let item = next.add(1, ordering: .relaxed).oldValue
+          if item >= items { return }
+          body(worker, item)
+        }
+      }
+    }
+  }
+}
+
+extension RowRun {
+  /// The description the kernels take.
+  var kernelRun: ckv_run {
+    ckv_run(
+      kind: UInt32(encoding.kind.rawValue), dtype: UInt32(encoding.type.rawValue), bits: UInt32(encoding.bits),
+      group: UInt32(encoding.group), dim: UInt32(dim), rows: UInt32(capacity), row_stride: Int64(dim),
+      data: UnsafeRawPointer(base), scale: UnsafeRawPointer(scales), min: UnsafeRawPointer(minima))
+  }
+}

@@ -1,0 +1,4 @@
+@_exported public import KVBackendCPU
+@_exported public import KVCore
+@_exported public import KVEviction
+@_exported public import KVQuantization

@@ -1,0 +1,76 @@
+/// Methods by name, and policies made from their names.
+///
+/// ```
+/// let policy = try PolicyRegistry.standard.policy("snapkv(budget=0.25,window=32)+kivi(bits=2)")
+/// ```
+/// Left of the `+` stands what chooses tokens, right of it what stores them; either may be missing. Every option has its
+/// documented name and default.
+public struct PolicyRegistry: Sendable {
+  public private(set) var methods: [MethodDescription]
+
+  /// Every method of this library.
+  public static let standard = PolicyRegistry(
+    methods: [Store.denseMethod] + EvictionMethods.all + QuantizationMethods.all)
+
+  public init(methods: [MethodDescription]) { self.methods = methods }
+
+  /// Adds a method of your own, or replaces the one of that name.
+  public mutating func register(_ method: MethodDescription) {
+    methods.removeAll { $0.name == method.name }
+    methods.append(method)
+  }
+
+  /// The method of that name or alias, in any case of letters.
+  public func method(named name: String) -> MethodDescription? {
+    let wanted = name.lowercased()
+    return methods.first { $0.name == wanted || $0.aliases.contains(wanted) }
+  }
+
+  /// The policy a text, or its JSON twin, describes.
+  ///
+  /// - Throws: `syntax`, `unknownName` (with the nearest name there is), `invalidOption`; each with the byte offset.
+  public func policy(_ text: String) throws(KVError) -> Policy {
+    try policy(PolicySpec(configuration: text))
+  }
+
+  /// The policy a parsed text describes.
+  public func policy(_ spec: PolicySpec) throws(KVError) -> Policy {
+    var selection: Selection?
+    var stores: [Store] = []
+    for stage in spec.stages {
+      switch try part(for: stage) {
+      case .selection(let chosen):
+        guard selection == nil else {
+          throw KVError(
+            .invalidOption, "one method chooses tokens; \(stage.name) would be the second", offset: stage.offset)
+        }
+        guard stores.isEmpty else {
+          throw KVError(
+            .invalidOption, "what chooses tokens stands left of what stores them; \(stage.name) stands right",
+            offset: stage.offset)
+        }
+        selection = chosen
+      case .store(let store):
+        guard stores.isEmpty else {
+          throw KVError(
+            .invalidOption, "one method stores tokens; \(stage.name) would be the second", offset: stage.offset)
+        }
+        stores.append(store)
+      }
+    }
+    return Policy(selection ?? .everything, store: stores.first ?? .dense(.f16))
+  }
+
+  private func part(for stage: StageSpec) throws(KVError) -> MethodDescription.Part {
+    if stage.options.isEmpty, let type = ElementType(name: stage.name) { return .store(.dense(type)) }
+    guard let method = method(named: stage.name) else {
+      let names = methods.map(\.name)
+      let hint = nearestName(to: stage.name, among: names).map { "; did you mean \"\($0)\"?" } ?? ""
+      throw KVError(
+        .unknownName,
+        "no method is called \"\(stage.name)\"\(hint) There are \(names.joined(separator: ", ")), f32, f16 and bf16",
+        offset: stage.offset)
+    }
+    return try method.part(for: stage)
+  }
+}

@@ -1,0 +1,121 @@
+/// One attention call, described for a backend: which queries read which rows. Made once per call by the cache, in
+/// arrays that keep their capacity, so that a decode step allocates nothing.
+package final class AttentionPlan {
+  package var sequences: ContiguousArray<SequenceWork> = []
+  package var rows: ContiguousArray<RowsWork> = []
+  package var slices: ContiguousArray<RunSlice> = []
+  /// Working memory of the backend for this plan's owner. Grows to the largest call and stays; not part of a cache's
+  /// bytes.
+  package let workspace = Workspace()
+
+  package init() {}
+
+  package func reset() {
+    sequences.removeAll(keepingCapacity: true)
+    rows.removeAll(keepingCapacity: true)
+    slices.removeAll(keepingCapacity: true)
+  }
+}
+
+/// Memory for intermediate results that is reused from call to call.
+package final class Workspace {
+  private var base: UnsafeMutableRawPointer?
+  private var capacity = 0
+
+  package init() {}
+
+  deinit { base?.deallocate() }
+
+  /// At least `count` floats, 64-byte aligned. Earlier contents are gone.
+  package func floats(_ count: Int) -> UnsafeMutablePointer<Float> {
+    let bytes = max(count, 1) * MemoryLayout<Float>.stride
+    if bytes > capacity || base == nil {
+      base?.deallocate()
+      capacity = bytes + bytes / 4
+      base = UnsafeMutableRawPointer.allocate(byteCount: capacity, alignment: 64)
+    }
+    return base.unsafelyUnwrapped.assumingMemoryBound(to: Float.self)
+  }
+}
+
+/// The queries of one cache in one call.
+package struct SequenceWork {
+  package var queries: UnsafeRawPointer
+  package var queryType: ElementType
+  package var queryHeadStride: Int
+  package var queryTokenStride: Int
+  package var output: UnsafeMutablePointer<Float>
+  package var outputHeadStride: Int
+  package var outputTokenStride: Int
+  /// Optional: log-sum-exp of the logits, [queryHeads][tokens], so that a partial can be merged by the caller.
+  package var logSumExp: UnsafeMutablePointer<Float>?
+  package var tokens: Int
+  package var kvHeads: Int
+  package var group: Int
+  package var keyDim: Int
+  package var valueDim: Int
+  package var scale: Float
+  package var softcap: Float
+  /// Position of the first query; the others follow. `Int.max`: every row is visible.
+  package var firstPosition: Int
+  package var slidingWindow: Int
+  package var rotary: RotaryEmbedding?
+  /// Items of `plan.rows` that belong to this sequence, in KV head order.
+  package var work: Range<Int>
+}
+
+/// Consecutive slots of one KV head in one segment, read with one query phase.
+package struct RowsWork {
+  package var kvHead: Int
+  package var count: Int
+  /// Ranges of `plan.slices`.
+  package var keys: Range<Int>
+  package var values: Range<Int>
+  /// Positions of the rows, ascending; nil means `firstPosition + i`.
+  package var positions: UnsafePointer<Int32>?
+  package var firstPosition: Int
+  /// Log bias per row; minus infinity hides a row.
+  package var bias: UnsafePointer<Float>?
+  /// Where the attention each row receives is added, summed over the query heads of the group.
+  package var score: UnsafeMutablePointer<Float>?
+  /// Positions by which these rows count as later than they are stored. The backend turns the query back by as much.
+  package var shift: Int
+}
+
+/// Column sums over the last queries of a prompt (SnapKV and its kin).
+package struct WindowScoreRequest {
+  /// f32 queries [queryHeads][window][keyDim], the last `window` positions.
+  package var queries: UnsafePointer<Float>
+  package var window: Int
+  /// Queries are the positions `firstPosition ..< firstPosition + window`.
+  package var firstPosition: Int
+  package var group: Int
+  package var keyDim: Int
+  package var scale: Float
+  package var softcap: Float
+  package var reduction: GroupReduction
+  /// Per KV head: key slices, positions and count, in slot order.
+  package var heads: [RowsWork]
+  package var slices: [RunSlice]
+
+  package init(
+    queries: UnsafePointer<Float>, window: Int, firstPosition: Int, group: Int, keyDim: Int, scale: Float,
+    softcap: Float, reduction: GroupReduction, heads: [RowsWork], slices: [RunSlice]
+  ) {
+    self.queries = queries
+    self.window = window
+    self.firstPosition = firstPosition
+    self.group = group
+    self.keyDim = keyDim
+    self.scale = scale
+    self.softcap = softcap
+    self.reduction = reduction
+    self.heads = heads
+    self.slices = slices
+  }
+}
+
+/// How the scores of the query heads of one KV head become one.
+public enum GroupReduction: String, Sendable, Hashable, CaseIterable {
+  case mean, max, sum
+}

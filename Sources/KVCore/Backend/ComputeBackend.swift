@@ -1,0 +1,80 @@
+/// Where a cache keeps its rows and who computes on them.
+///
+/// Opaque on purpose: engines choose one from a factory (`Backend.cpu()`), policies never see it, and the operations
+/// behind it can grow without breaking either.
+public struct Backend: Sendable {
+  package let operations: any ComputeBackend
+
+  package init(_ operations: any ComputeBackend) { self.operations = operations }
+
+  /// Such as `cpu (avx512, 2 threads)`.
+  public var name: String { operations.name }
+  /// Bytes this backend has allocated for all caches built with it.
+  public var memory: MemoryMeter { operations.meter }
+}
+
+/// Everything segments and policies ask of a processor. Implemented by the CPU backend, and by the dry run that
+/// predicts bytes.
+///
+/// Operations are shaped for a device: whole layers at a time where it matters (append, attend, score), memory named
+/// by descriptions (`RowRun`) and never dereferenced by the core, no callbacks into Swift.
+package protocol ComputeBackend: AnyObject, Sendable {
+  var name: String { get }
+  var meter: MemoryMeter { get }
+
+  /// At least 64-byte aligned, contents unspecified. Throws `outOfMemory`. Memory that is not `hostVisible` is only
+  /// ever handed back to this backend.
+  func allocate(byteCount: Int, hostVisible: Bool) throws(KVError) -> Buffer
+
+  /// The first NaN or infinite element in head, token, channel order, or nil.
+  func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace?
+
+  /// Converts rows of a view into dense runs: for each slice, `count` tokens of `head` from `token` on go to rows
+  /// `first ...` of its run. Returns the first element that is finite in the view and beyond its target's range.
+  func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace?
+
+  /// Reads the rows of `sources` one after another and writes them from `row` on, converting, encoding or copying
+  /// verbatim (same encoding, whole units) as the encodings ask. Per-channel targets get whole groups.
+  func transcode(_ sources: [RunSlice], to target: RowRun, row: Int)
+
+  /// Rows as f32, `stride` floats apart, in host memory.
+  func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int)
+
+  /// Copies host memory into a run's buffer and back, for saving and loading and for columns.
+  func copy(from host: UnsafeRawPointer, to device: UnsafeMutableRawPointer, byteCount: Int)
+  func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int)
+
+  /// Attention of every sequence of the plan over all its rows. Outputs are written, statistics added.
+  func attend(_ plan: AttentionPlan)
+
+  /// Column sums of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
+  func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
+}
+
+/// Where an element of a [head, token, dim] tensor is.
+package struct ElementPlace: Hashable, Sendable {
+  package var head: Int
+  package var token: Int
+  package var channel: Int
+
+  package init(head: Int, token: Int, channel: Int) {
+    self.head = head
+    self.token = token
+    self.channel = channel
+  }
+}
+
+package struct WriteTarget {
+  package var head: Int
+  package var token: Int
+  package var slice: RunSlice
+  /// The narrowest type these rows will ever be held in: elements beyond its range are refused at once.
+  package var range: ElementType
+
+  package init(head: Int, token: Int, slice: RunSlice, range: ElementType) {
+    self.head = head
+    self.token = token
+    self.slice = slice
+    self.range = range
+  }
+}

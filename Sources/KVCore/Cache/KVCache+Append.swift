@@ -1,0 +1,78 @@
+extension KVCache {
+  /// Appends the keys and values of the next tokens to one layer.
+  ///
+  /// The rows are readable exactly as the dense window holds them until the policy acts, which it does after the
+  /// attention of these tokens (decoding) or after the prompt.
+  ///
+  /// - Parameters:
+  ///   - keys: [kvHeads, tokens, keyDim], post-RoPE, any element type and strides; at least one token.
+  ///   - values: [kvHeads, tokens, valueDim].
+  /// - Throws: `shapeMismatch`, `nonFinite`, `unrepresentable` (a value beyond the window's element type),
+  ///   `outOfMemory`. The cache is unchanged then.
+  /// - Complexity: O(tokens · kvHeads · (keyDim + valueDim)).
+  public func append(
+    layer: Int, keys: borrowing TensorView, values: borrowing TensorView
+  ) throws(KVError) {
+    let state = try state(layer)
+    let shape = state.shape
+    guard keys.heads == shape.kvHeads, keys.dim == shape.keyDim else {
+      throw KVError(
+        .shapeMismatch,
+        "keys of \(shape.kvHeads) heads x \(shape.keyDim) channels expected; got \(keys.heads) x \(keys.dim)",
+        layer: layer)
+    }
+    guard values.heads == shape.kvHeads, values.dim == shape.valueDim else {
+      throw KVError(
+        .shapeMismatch,
+        "values of \(shape.kvHeads) heads x \(shape.valueDim) channels expected; got \(values.heads) x \(values.dim)",
+        layer: layer)
+    }
+    guard keys.tokens == values.tokens, keys.tokens >= 1 else {
+      throw KVError(
+        .shapeMismatch,
+        "as many keys as values and at least one token expected; got \(keys.tokens) keys and \(values.tokens) values",
+        layer: layer)
+    }
+    guard keys.tokens <= Int(Int32.max) - state.seen else {
+      throw KVError(.unsupported, "positions beyond \(Int32.max) are not supported", layer: layer)
+    }
+    try checkFinite(keys, name: "key", state)
+    try checkFinite(values, name: "value", state)
+    do throws(KVError) {
+      try state.segments[0].append(
+        keys: keys, values: values, firstPosition: state.seen, tracksScores: tracksScores(state))
+    } catch {
+      throw error.at(layer: layer)
+    }
+    state.seen += keys.tokens
+    if state.phase == .prefill { state.outcome = .waiting }
+    debugCheck(state)
+  }
+
+  private func checkFinite(
+    _ view: borrowing TensorView, name: String, _ state: LayerState
+  ) throws(KVError) {
+    if let place = backend.operations.firstNonfinite(view) {
+      throw KVError(
+        .nonFinite, "channel \(place.channel) of a \(name) is NaN or infinite", layer: state.layer,
+        head: place.head, position: state.seen + place.token)
+    }
+  }
+
+  /// Whether rows carry accumulated attention: only while the policy will ask for it.
+  package func tracksScores(_ state: LayerState) -> Bool {
+    guard policy.inputs.attentionWeights, selects(state) else { return false }
+    return state.phase == .prefill || policy.schedule.decodeInterval != nil
+  }
+
+  /// Whether queries must be captured for a window scorer.
+  package func capturesQueries(_ state: LayerState) -> Bool {
+    guard policy.inputs.windowQueries > 0, selects(state) else { return false }
+    return state.phase == .prefill || policy.schedule.decodeInterval != nil
+  }
+
+  /// Whether the policy chooses tokens in this layer. A sliding-window layer forgets by itself.
+  package func selects(_ state: LayerState) -> Bool {
+    state.shape.slidingWindow == nil && policy.schedule != .never
+  }
+}

@@ -1,0 +1,263 @@
+extension KVCache {
+  /// Says that the prompt is complete: the policy chooses and stores, layer by layer.
+  ///
+  /// - Throws: `missingInput` when a declared input did not arrive; the cache is unchanged then.
+  public func finishPrefill() throws(KVError) {
+    let waiting = layers.filter { $0.shape.cached && $0.phase == .prefill }
+    try compress(waiting, when: policy.schedule.afterPrefill)
+    for state in waiting { try enterDecode(state) }
+  }
+
+  /// The same for one layer, as soon as its part of the prompt is attended, so that no more than one layer is ever held
+  /// in full. Policies whose budgets span layers need ``finishPrefill()``.
+  public func finishPrefill(layer: Int) throws(KVError) {
+    let state = try state(layer)
+    guard state.phase == .prefill else {
+      throw KVError(.wrongPhase, "this layer's prompt is already finished", layer: layer)
+    }
+    guard !policy.allocator.spansLayers else {
+      throw KVError(
+        .unsupported, "\(policy.spec) shares its budget between layers: call finishPrefill()", layer: layer)
+    }
+    try compress([state], when: policy.schedule.afterPrefill)
+    try enterDecode(state)
+  }
+
+  /// Says that another prompt follows (the next turn): tokens are again kept until ``finishPrefill()``.
+  public func beginPrefill() {
+    for state in layers where state.shape.cached { state.phase = .prefill }
+  }
+
+  /// Lets the policy choose now, whatever its schedule says, down to its budget.
+  public func compress() throws(KVError) {
+    try compress(layers.filter { $0.shape.cached }, when: true)
+    for state in layers where state.shape.cached { try settle(state) }
+  }
+
+  /// Drops enough rows that `tokens` more fit the budget (StreamingLLM's room for a coming turn).
+  public func makeRoom(for tokens: Int) throws(KVError) {
+    guard tokens >= 0 else { throw KVError(.invalidOption, "room for \(tokens) tokens does not exist") }
+    try compress(layers.filter { $0.shape.cached }, when: true, room: tokens)
+  }
+
+  private func enterDecode(_ state: LayerState) throws(KVError) {
+    try settle(state)
+    state.phase = .decode
+    state.decodedSinceCompression = 0
+    if policy.schedule.decodeInterval == nil {
+      // What only the prompt needed is freed.
+      state.queryWindow = nil
+      for segment in state.segments { segment.forgetScores() }
+    }
+    if state.outcome == .waiting || state.outcome == .untouched {
+      state.outcome = state.shape.slidingWindow.map { .slidingWindow($0) } ?? .storedOnly
+    }
+    debugCheck(state)
+  }
+
+  /// What happens after the attention of new tokens.
+  package func maintain(_ state: LayerState) throws(KVError) {
+    let fresh = state.seen - state.settledTokens
+    state.settledTokens = state.seen
+    if let window = state.shape.slidingWindow { try forget(before: state.seen - window + 1, state) }
+    switch state.phase {
+    case .prefill:
+      if policy.schedule.afterPrefillChunks {
+        try compress([state], when: true)
+        try settle(state)
+      }
+    case .decode:
+      if let interval = policy.schedule.decodeInterval {
+        state.decodedSinceCompression += fresh
+        if state.decodedSinceCompression >= interval {
+          try compress([state], when: true)
+          state.decodedSinceCompression = 0
+        }
+      }
+      try settle(state)
+    }
+    debugCheck(state)
+  }
+
+  private func settle(_ state: LayerState) throws(KVError) {
+    do throws(KVError) {
+      for segment in state.segments { try segment.settle() }
+    } catch {
+      throw error.at(layer: state.layer)
+    }
+  }
+
+  /// Sliding-window layers lose what no later query can see.
+  private func forget(before position: Int, _ state: LayerState) throws(KVError) {
+    for segment in state.segments {
+      var slots: [[Int]] = []
+      var any = false
+      for head in 0..<segment.kvHeads {
+        var gone: [Int] = []
+        for slot in 0..<segment.slotCount(head: head) {
+          if segment.position(head: head, slot: slot) >= position { break }
+          if segment.isLive(head: head, slot: slot) { gone.append(slot) }
+        }
+        any = any || !gone.isEmpty
+        slots.append(gone)
+      }
+      if !any { continue }
+      try segment.drop(slots)
+      try segment.reclaim(eager: false)
+      state.frozenBelow = state.seen
+    }
+  }
+
+  // MARK: Score, allocate, route, apply
+
+  private func compress(_ states: [LayerState], when due: Bool, room: Int = 0) throws(KVError) {
+    let chosen = due ? states.filter { selects($0) } : []
+    if chosen.isEmpty { return }
+    if policy.allocator.spansLayers {
+      try compressTogether(chosen, room: room)
+    } else {
+      for state in chosen { try compressTogether([state], room: room) }
+    }
+  }
+
+  /// Plans every layer of the group before the first byte of any changes.
+  private func compressTogether(_ states: [LayerState], room: Int) throws(KVError) {
+    let protection = policy.router.protection
+    var views: [LayerView] = []
+    var requests: [AllocationRequest] = []
+    for state in states {
+      let budgets = resolvedBudgets(state, room: room)
+      let rows = (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }
+      var scores = ScoreTable()
+      scores.reset(counts: rows)
+      let view = LayerView(state, options: attention, backend: backend.operations)
+      let overBudget = zip(rows, budgets).contains { $0 > $1 } || policy.tiers.count > 1
+      if overBudget || policy.allocator.spansLayers, let scorer = policy.scorer {
+        try checkObserved(state)
+        do throws(KVError) {
+          try scorer.score(view, into: &scores)
+        } catch {
+          throw error.at(layer: state.layer)
+        }
+        try scores.checkOrdered(layer: state.layer)
+      }
+      views.append(view)
+      requests.append(
+        AllocationRequest(
+          layer: state.layer, rows: rows, budget: budgets, scores: scores, protection: protection))
+    }
+    let kept = try policy.allocator.allocate(requests)
+    for (index, state) in states.enumerated() {
+      try apply(state, view: views[index], request: requests[index], kept: kept[index])
+    }
+  }
+
+  private func resolvedBudgets(_ state: LayerState, room: Int) -> [Int] {
+    var budgets: [Int] = []
+    for head in 0..<state.shape.kvHeads {
+      let budget = resolve(policy.budget, state, head: head)
+      budgets.append(room == 0 ? budget : max(policy.router.protection.sinks, budget - room))
+    }
+    return budgets
+  }
+
+  /// Rows a head may keep. Fractions count tokens seen, not rows left: a budget does not eat itself step by step. Bytes
+  /// become as many rows as their store can hold in them.
+  private func resolve(_ budget: Budget, _ state: LayerState, head: Int) -> Int {
+    let cached = layers.filter(\.shape.cached).count
+    let factory = policy.tiers[0].factory
+    if let share = budget.byteShare(
+      layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads)
+    {
+      var low = 1
+      var high = max(1, state.seen)
+      while low < high {
+        let middle = (low + high + 1) / 2
+        if factory.bytes(rows: middle, layer: state.shape) <= share { low = middle } else { high = middle - 1 }
+      }
+      return low
+    }
+    return budget.resolveTokens(
+      tokens: state.seen, layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads,
+      bytesPerRow: 1)
+  }
+
+  private func checkObserved(_ state: LayerState) throws(KVError) {
+    if policy.inputs.attentionWeights, state.observedTokens < state.seen {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs the attention weights of every token; those of \(state.seen - state.observedTokens) "
+          + "tokens were not observed. Attend through the cache, or call observe(layer:attention:)",
+        layer: state.layer)
+    }
+    if policy.inputs.windowQueries > 0, state.observedQueries < state.seen {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs the newest queries; those of the last \(state.seen - state.observedQueries) tokens were "
+          + "not observed. Attend through the cache, or call observe(layer:queries:)", layer: state.layer)
+    }
+  }
+
+  private func apply(
+    _ state: LayerState, view: LayerView, request: AllocationRequest, kept: [Int]
+  ) throws(KVError) {
+    let before = request.rows.max() ?? 0
+    if policy.tiers.count == 1, zip(request.rows, kept).allSatisfy({ $0 <= $1 }) {
+      state.outcome = .withinBudget(rows: before)
+      return
+    }
+    var routing = Routing()
+    routing.reset(like: request.scores)
+    policy.router.route(view, scores: request.scores, kept: kept, into: &routing)
+
+    let eager = state.phase == .prefill
+    var dropped = state.segments.map { segment in Array(repeating: [Int](), count: segment.kvHeads) }
+    var moves = state.segments.map { _ in
+      state.segments.map { segment in Array(repeating: [Int](), count: segment.kvHeads) }
+    }
+    for head in 0..<view.kvHeads {
+      for row in 0..<view.rowCount(head: head) {
+        let place = view.reference(head: head, row: row)
+        let outcome = routing[head, row]
+        let from = Int(place.segment)
+        if outcome == .dropped {
+          dropped[from][head].append(Int(place.slot))
+        } else if Int(outcome.rawValue) != from {
+          precondition(
+            Int(outcome.rawValue) < state.segments.count,
+            "a router sent a row to tier \(outcome.rawValue) of \(state.segments.count)")
+          moves[from][Int(outcome.rawValue)][head].append(Int(place.slot))
+          dropped[from][head].append(Int(place.slot))
+        }
+      }
+    }
+    do throws(KVError) {
+      for from in state.segments.indices {
+        for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
+          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to])
+        }
+      }
+      for (segment, slots) in zip(state.segments, dropped) where slots.contains(where: { !$0.isEmpty }) {
+        try segment.drop(slots)
+        try segment.reclaim(eager: eager)
+      }
+    } catch {
+      throw error.at(layer: state.layer)
+    }
+    if dropped.contains(where: { $0.contains { !$0.isEmpty } }) { state.frozenBelow = state.seen }
+    let after = (0..<view.kvHeads).map { state.liveRows(head: $0) }.max() ?? 0
+    state.outcome = .compressed(before: before, after: after, at: state.seen)
+  }
+}
+
+extension Budget {
+  /// Bytes one head may use, when that is what the budget says.
+  fileprivate func byteShare(layer: Int, head: Int, layers: Int, kvHeads: Int) -> Int? {
+    switch kind {
+    case .bytes(let count): count / (layers * kvHeads)
+    case .perLayer(let table): table[layer].byteShare(layer: layer, head: head, layers: 1, kvHeads: kvHeads)
+    case .perHead(let table): table[layer][head].byteShare(layer: layer, head: head, layers: 1, kvHeads: 1)
+    default: nil
+    }
+  }
+}

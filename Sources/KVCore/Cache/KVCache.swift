@@ -1,0 +1,176 @@
+/// The keys and values of one sequence, compressed by a policy.
+///
+/// One owner: a cache is not `Sendable` and is used from one thread at a time; its backend may use several inside a
+/// call. Forks are independent caches that share frozen memory.
+///
+/// The life of a token: `append` puts its keys and values into the dense window of every layer, `attend` (or the
+/// engine's own kernels) reads them exactly, then the policy acts: it drops rows, or moves them into their final
+/// representation. During the prompt nothing is dropped before ``finishPrefill()``, unless the policy's schedule says
+/// so.
+///
+/// ```swift
+/// let cache = try KVCache(shape: shape, policy: policy, backend: .cpu())
+/// for layer in 0..<layers {                              // the prompt, at once or in chunks
+///   try cache.append(layer: layer, keys: k, values: v)
+///   try cache.attend(layer: layer, queries: q, into: &output)
+/// }
+/// try cache.finishPrefill()                              // the policy compresses
+/// // … then one token at a time, the same two calls a layer
+/// ```
+public final class KVCache {
+  public let shape: ModelShape
+  public let policy: any CompressionPolicy
+  public let backend: Backend
+  /// What the engine said it supplies.
+  public let engineInputs: EngineInputs
+  /// Attention conventions of the model: scale and softcap also shape what scorers see.
+  public let attention: AttentionOptions
+
+  package var layers: [LayerState]
+  package let plan = AttentionPlan()
+
+  /// An empty cache.
+  ///
+  /// - Parameters:
+  ///   - attention: the model's scale and softcap, used by `attend` when a call gives none and by window scorers.
+  ///   - inputs: what the engine will report; the default is an engine that attends through the cache.
+  /// - Throws: `missingInput` when the policy needs what the engine does not supply, `invalidOption` for shapes and
+  ///   options that do not fit. Nothing is allocated yet.
+  public init(
+    shape: ModelShape, policy: any CompressionPolicy, backend: Backend, attention: AttentionOptions = .init(),
+    inputs: EngineInputs = .attendThrough
+  ) throws(KVError) {
+    try shape.validate()
+    try KVCache.check(policy, shape: shape, inputs: inputs)
+    self.shape = shape
+    self.policy = policy
+    self.backend = backend
+    self.attention = attention
+    engineInputs = inputs
+    layers = shape.layers.enumerated().map { index, layer in
+      LayerState(
+        layer: index, shape: layer,
+        segments: layer.cached
+          ? policy.tiers.map { $0.factory.makeSegment(layer: layer, backend: backend.operations) } : [])
+    }
+  }
+
+  package init(
+    restoring layers: [LayerState], shape: ModelShape, policy: any CompressionPolicy, backend: Backend,
+    attention: AttentionOptions, inputs: EngineInputs
+  ) {
+    self.layers = layers
+    self.shape = shape
+    self.policy = policy
+    self.backend = backend
+    self.attention = attention
+    engineInputs = inputs
+  }
+
+  package static func check(
+    _ policy: any CompressionPolicy, shape: ModelShape, inputs: EngineInputs
+  ) throws(KVError) {
+    let needed = policy.inputs
+    guard (1...64).contains(policy.tiers.count) else {
+      throw KVError(.invalidOption, "a policy has 1 to 64 tiers; got \(policy.tiers.count)")
+    }
+    if needed.windowQueries > 0, !inputs.contains(.queries) {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs the queries of the last \(needed.windowQueries) tokens; the engine supplies none. "
+          + "Attend through the cache, or pass inputs: .queries and call observe(layer:queries:) for every append")
+    }
+    if needed.attentionWeights, !inputs.contains(.attentionWeights) {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs attention weights; the engine supplies none. Attend through the cache, or pass "
+          + "inputs: .attentionWeights and call observe(layer:attention:) for every append")
+    }
+    if policy.positions == .slot {
+      guard let rotary = shape.rotary else {
+        throw KVError(
+          .missingInput,
+          "\(policy.spec) counts positions in slots, which turns queries; give ModelShape the rotary embedding")
+      }
+      try rotary.requireStatic()
+    }
+    if policy.scorer != nil || policy.budget != .unlimited {
+      let protection = policy.router.protection
+      try BudgetSplit.validate(sinks: protection.sinks, window: protection.window, budget: policy.budget)
+      try policy.budget.validate(kvHeads: shape.layers.map(\.kvHeads))
+    }
+    for (index, layer) in shape.layers.enumerated() where layer.cached {
+      for tier in policy.tiers { try tier.factory.validate(layer: layer) }
+      if let rotary = shape.rotary, rotary.headDim != layer.keyDim {
+        throw KVError(
+          .shapeMismatch, "rotary embedding of \(rotary.headDim) channels for keys of \(layer.keyDim)",
+          layer: index)
+      }
+    }
+  }
+
+  // MARK: Counting
+
+  /// Tokens a layer has seen: the absolute position of the next one. Not the rows it holds.
+  public func tokensSeen(layer: Int) -> Int { layers.indices.contains(layer) ? layers[layer].seen : 0 }
+
+  /// Rows a layer holds for a KV head. At most the tokens seen; heads may differ.
+  public func rowsHeld(layer: Int, head: Int) -> Int {
+    guard layers.indices.contains(layer), layers[layer].shape.kvHeads > head, head >= 0 else { return 0 }
+    return layers[layer].liveRows(head: head)
+  }
+
+  /// Bytes this cache holds, by kind. Buffers shared with forks are counted in full.
+  public var bytes: ByteCount { KVCache.bytes(of: [self]) }
+
+  /// Bytes of one layer.
+  public func bytes(layer: Int) -> ByteCount {
+    var tally = ByteTally()
+    if layers.indices.contains(layer) { layers[layer].tally(into: &tally) }
+    return tally.bytes
+  }
+
+  /// Bytes of several caches together: what forks share is counted once.
+  public static func bytes(of caches: [KVCache]) -> ByteCount {
+    var tally = ByteTally()
+    for cache in caches { for layer in cache.layers { layer.tally(into: &tally) } }
+    return tally.bytes
+  }
+
+  // MARK: Checks every call begins with
+
+  package func state(_ layer: Int) throws(KVError) -> LayerState {
+    guard layers.indices.contains(layer) else {
+      throw KVError(.shapeMismatch, "layer \(layer) of a cache of \(layers.count) layers", layer: layer)
+    }
+    guard layers[layer].shape.cached else {
+      throw KVError(.unsupported, "this layer has no KV cache", layer: layer)
+    }
+    return layers[layer]
+  }
+
+  package func checkQueries(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {
+    guard queries.heads == state.shape.queryHeads, queries.dim == state.shape.keyDim else {
+      throw KVError(
+        .shapeMismatch,
+        "queries of \(state.shape.queryHeads) heads x \(state.shape.keyDim) channels expected; got "
+          + "\(queries.heads) x \(queries.dim)", layer: state.layer)
+    }
+    guard queries.tokens >= 1, queries.tokens <= state.seen else {
+      throw KVError(
+        .shapeMismatch,
+        "queries of the last 1...\(state.seen) appended tokens expected; got \(queries.tokens)", layer: state.layer)
+    }
+    if let place = backend.operations.firstNonfinite(queries) {
+      throw KVError(
+        .nonFinite, "channel \(place.channel) of a query is NaN or infinite", layer: state.layer,
+        head: place.head, position: state.seen - queries.tokens + place.token)
+    }
+  }
+
+  package func debugCheck(_ state: LayerState) {
+    #if KV_INTERNAL_CHECKS
+      for segment in state.segments { segment.checkInvariants() }
+    #endif
+  }
+}

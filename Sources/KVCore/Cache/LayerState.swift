@@ -1,0 +1,128 @@
+/// Everything a cache holds for one layer: segments, observed inputs, counters. Owned by one cache.
+package final class LayerState {
+  let layer: Int
+  let shape: LayerShape
+  /// Tokens ever appended: the position of the next one. Not the rows held.
+  var seen = 0
+  var phase = Phase.prefill
+  var segments: [any Segment]
+  /// Queries of the newest tokens, while the policy needs them.
+  var queryWindow: QueryWindow?
+  /// Tokens up to which attention weights were observed.
+  var observedTokens = 0
+  var observedQueries = 0
+  /// Tokens up to which the policy's maintenance has run.
+  var settledTokens = 0
+  var decodedSinceCompression = 0
+  /// Positions below this can no longer be cut off: something was dropped, or the statistics know later tokens.
+  var frozenBelow = 0
+  var outcome = LayerOutcome.untouched
+
+  enum Phase: UInt8 { case prefill = 0, decode = 1 }
+
+  init(layer: Int, shape: LayerShape, segments: [any Segment]) {
+    self.layer = layer
+    self.shape = shape
+    self.segments = segments
+  }
+
+  init(forking other: LayerState) {
+    layer = other.layer
+    shape = other.shape
+    seen = other.seen
+    phase = other.phase
+    segments = other.segments.map { $0.fork() }
+    queryWindow = other.queryWindow
+    observedTokens = other.observedTokens
+    observedQueries = other.observedQueries
+    settledTokens = other.settledTokens
+    decodedSinceCompression = other.decodedSinceCompression
+    frozenBelow = other.frozenBelow
+    outcome = other.outcome
+  }
+
+  func liveRows(head: Int) -> Int { segments.reduce(0) { $0 + $1.liveCount(head: head) } }
+
+  func tally(into tally: inout ByteTally) {
+    for segment in segments { segment.tally(into: &tally) }
+    if let buffer = queryWindow?.buffer { tally.add(buffer, kind: \.state) }
+  }
+}
+
+/// What happened to a layer, for `KVCache.status`.
+enum LayerOutcome: Hashable {
+  case untouched
+  case waiting
+  case withinBudget(rows: Int)
+  case compressed(before: Int, after: Int, at: Int)
+  case slidingWindow(Int)
+  case storedOnly
+}
+
+/// The last queries of a layer as f32, in a ring [queryHeads][capacity][keyDim].
+struct QueryWindow {
+  private(set) var buffer: Buffer
+  let capacity: Int
+  let queryHeads: Int
+  let keyDim: Int
+  /// Tokens captured so far; the newest min(captured, capacity) are in the ring.
+  private(set) var captured = 0
+
+  init(capacity: Int, shape: LayerShape, backend: any ComputeBackend) throws(KVError) {
+    self.capacity = capacity
+    queryHeads = shape.queryHeads
+    keyDim = shape.keyDim
+    buffer = try backend.allocate(
+      byteCount: shape.queryHeads * capacity * shape.keyDim * 4, hostVisible: true)
+  }
+
+  var count: Int { min(captured, capacity) }
+
+  /// Takes in the newest queries of a view. Forks share the ring until one of them writes.
+  mutating func capture(_ queries: borrowing TensorView, backend: any ComputeBackend) throws(KVError) {
+    if !isKnownUniquelyReferenced(&buffer) {
+      let fresh = try backend.allocate(byteCount: buffer.byteCount, hostVisible: true)
+      fresh.base.copyMemory(from: buffer.base, byteCount: buffer.byteCount)
+      buffer = fresh
+    }
+    let taken = min(queries.tokens, capacity)
+    let first = queries.tokens - taken
+    var targets: [WriteTarget] = []
+    for head in 0..<queryHeads {
+      var token = 0
+      while token < taken {
+        let slot = (captured + first + token) % capacity
+        let run = min(taken - token, capacity - slot)
+        targets.append(
+          WriteTarget(
+            head: head, token: first + token,
+            slice: RunSlice(run: row(head: head, slot: slot), first: 0, count: run), range: .f32))
+        token += run
+      }
+    }
+    _ = backend.write(queries, to: targets)
+    captured += queries.tokens
+  }
+
+  private func row(head: Int, slot: Int) -> RowRun {
+    RowRun(
+      encoding: .dense(.f32), dim: keyDim, capacity: capacity - slot,
+      base: buffer.base + (head * capacity + slot) * keyDim * 4)
+  }
+
+  /// The newest `wanted` queries, oldest first: [queryHeads][wanted][keyDim].
+  func newest(_ wanted: Int) -> [Float] {
+    precondition(wanted <= count, "\(wanted) of \(count) captured queries")
+    let base = buffer.base.assumingMemoryBound(to: Float.self)
+    var result = [Float](repeating: 0, count: queryHeads * wanted * keyDim)
+    for head in 0..<queryHeads {
+      for i in 0..<wanted {
+        let slot = (captured - wanted + i) % capacity
+        let source = base + (head * capacity + slot) * keyDim
+        let target = (head * wanted + i) * keyDim
+        for c in 0..<keyDim { result[target + c] = source[c] }
+      }
+    }
+    return result
+  }
+}

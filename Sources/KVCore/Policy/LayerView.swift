@@ -1,0 +1,148 @@
+/// What a scorer or router sees of a layer: its live rows per KV head, in position order across all segments.
+///
+/// Valid during the call it is passed to.
+public final class LayerView {
+  public let layer: Int
+  public let shape: LayerShape
+  /// Tokens the layer has ever seen; at least the rows it holds.
+  public let tokensSeen: Int
+  package let segments: [any Segment]
+  private let queryWindow: QueryWindow?
+  private let options: AttentionOptions
+  private let backend: any ComputeBackend
+
+  /// Which slot of which segment a live row is.
+  package struct RowReference {
+    package var segment: Int32
+    package var slot: Int32
+  }
+
+  private var references: ContiguousArray<RowReference> = []
+  private var starts: [Int] = [0]
+
+  init(_ state: LayerState, options: AttentionOptions, backend: any ComputeBackend) {
+    layer = state.layer
+    shape = state.shape
+    tokensSeen = state.seen
+    segments = state.segments
+    queryWindow = state.queryWindow
+    self.options = options
+    self.backend = backend
+    for head in 0..<shape.kvHeads { collect(head) }
+  }
+
+  private func collect(_ head: Int) {
+    let first = references.count
+    for (index, segment) in segments.enumerated() {
+      for slot in 0..<segment.slotCount(head: head) where segment.isLive(head: head, slot: slot) {
+        references.append(RowReference(segment: Int32(index), slot: Int32(slot)))
+      }
+    }
+    if segments.count > 1 {
+      references[first...].sort { position(head, $0) < position(head, $1) }
+    }
+    starts.append(references.count)
+  }
+
+  private func position(_ head: Int, _ reference: RowReference) -> Int {
+    segments[Int(reference.segment)].position(head: head, slot: Int(reference.slot))
+  }
+
+  package func reference(head: Int, row: Int) -> RowReference { references[starts[head] + row] }
+
+  public var kvHeads: Int { shape.kvHeads }
+  /// Live rows of a head.
+  public func rowCount(head: Int) -> Int { starts[head + 1] - starts[head] }
+  /// Live rows of every head.
+  public var rowCounts: [Int] { (0..<kvHeads).map { rowCount(head: $0) } }
+
+  /// Absolute position of the token in a row. O(1).
+  public func position(head: Int, row: Int) -> Int { position(head, reference(head: head, row: row)) }
+
+  /// Attention the row has received so far, summed over the queries seen and the query heads of the group.
+  /// Needs ``RequiredInputs/attentionWeights``.
+  public func accumulatedAttention(head: Int, row: Int) -> Float {
+    let place = reference(head: head, row: row)
+    return segments[Int(place.segment)].score(head: head, slot: Int(place.slot))
+  }
+
+  /// The keys of a head as stored, [rows, keyDim] f32. O(rows · keyDim), allocates.
+  public func keys(head: Int) -> [Float] { read(head: head, dim: shape.keyDim) { $0.readKeys } }
+  /// The values of a head as stored, [rows, valueDim] f32. O(rows · valueDim), allocates.
+  public func values(head: Int) -> [Float] { read(head: head, dim: shape.valueDim) { $0.readValues } }
+
+  private typealias Reader = (Int, Range<Int>, UnsafeMutablePointer<Float>) -> Void
+
+  private func read(head: Int, dim: Int, _ reader: (any Segment) -> Reader) -> [Float] {
+    let count = rowCount(head: head)
+    return [Float](unsafeUninitializedCapacity: count * dim) { buffer, initialized in
+      initialized = count * dim
+      guard let base = buffer.baseAddress else { return }
+      for row in 0..<count {
+        let place = reference(head: head, row: row)
+        let slot = Int(place.slot)
+        reader(segments[Int(place.segment)])(head, slot..<slot + 1, base + row * dim)
+      }
+    }
+  }
+
+  /// Attention of the last `window` queries over all rows, summed over the queries, reduced over the query heads of
+  /// each KV head. The softmax runs over all rows, the window's own included; the rows of the window are masked
+  /// causally among themselves. Rows are scored in position order.
+  ///
+  /// O(window · queryHeads · rows · keyDim), no more than the window's rows are ever formed.
+  ///
+  /// - Throws: `missingInput` when fewer queries were observed than the window needs.
+  public func windowAttention(
+    window: Int, reduction: GroupReduction, into scores: inout ScoreTable
+  ) throws(KVError) {
+    let wanted = min(window, tokensSeen)
+    guard let queryWindow, queryWindow.count >= wanted else {
+      throw KVError(
+        .missingInput,
+        "needs the queries of the last \(wanted) tokens; \(queryWindow?.count ?? 0) were observed. "
+          + "Attend through the cache, or call observe(layer:queries:) for every append",
+        layer: layer)
+    }
+    var slices: [RunSlice] = []
+    var heads: [RowsWork] = []
+    for head in 0..<kvHeads {
+      for segment in segments {
+        let plan = AttentionPlan()
+        segment.describe(head: head, range: 0..<segment.slotCount(head: head), shift: 0, in: plan)
+        guard var work = plan.rows.first else { continue }
+        let start = slices.count
+        slices += plan.slices[work.keys]
+        work.keys = start..<slices.count
+        work.values = 0..<0
+        heads.append(work)
+      }
+    }
+    let queries = queryWindow.newest(wanted)
+    var slots = ScoreTable()
+    slots.reset(counts: heads.map(\.count))
+    queries.withUnsafeBufferPointer { buffer in
+      guard let base = buffer.baseAddress else { return }
+      backend.windowScores(
+        WindowScoreRequest(
+          queries: base, window: wanted, firstPosition: tokensSeen - wanted, group: shape.group,
+          keyDim: shape.keyDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
+          softcap: options.softcap ?? 0, reduction: reduction, heads: heads, slices: slices), into: &slots)
+    }
+    // From slots of segments to live rows.
+    var firstWork: [[Int]] = Array(repeating: Array(repeating: -1, count: segments.count), count: kvHeads)
+    var index = 0
+    for head in 0..<kvHeads {
+      for segment in segments.indices where segments[segment].slotCount(head: head) > 0 {
+        firstWork[head][segment] = index
+        index += 1
+      }
+    }
+    for head in 0..<kvHeads {
+      for row in 0..<rowCount(head: head) {
+        let place = reference(head: head, row: row)
+        scores[head, row] = slots[firstWork[head][Int(place.segment)], Int(place.slot)]
+      }
+    }
+  }
+}

@@ -1,0 +1,27 @@
+/// When a policy chooses tokens.
+public struct Schedule: Hashable, Sendable {
+  /// Once per layer, when the prompt is complete.
+  public var afterPrefill: Bool
+  /// After every chunk of a prompt, which bounds the cache while it fills.
+  public var afterPrefillChunks: Bool
+  /// After every this many decoded tokens. Nil: never again after the prompt.
+  public var decodeInterval: Int?
+
+  public init(afterPrefill: Bool = true, afterPrefillChunks: Bool = false, decodeInterval: Int? = nil) {
+    self.afterPrefill = afterPrefill
+    self.afterPrefillChunks = afterPrefillChunks
+    self.decodeInterval = decodeInterval
+  }
+
+  /// Nothing is ever chosen: every token stays.
+  public static let never = Schedule(afterPrefill: false)
+}
+
+/// The position a surviving token has for the tokens that come after.
+public enum PositionPolicy: String, Hashable, Sendable, CaseIterable {
+  /// Survivors keep their original rotary phase; distances stay true.
+  case keep
+  /// Survivors count as neighbours: distances are counted in cached rows (StreamingLLM). Stored keys are not touched;
+  /// queries are turned back over every gap, which is exact and works for any store.
+  case slot
+}

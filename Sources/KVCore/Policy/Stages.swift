@@ -1,0 +1,99 @@
+/// Stage one: how much does each cached token matter to each KV head?
+///
+/// A scorer is an immutable value; whatever accumulates between steps lives in the cache and is declared by `inputs`.
+/// Scores are per KV head, never per query head: keys are not expanded.
+public protocol Scorer: Sendable {
+  /// What the scores are made from.
+  var inputs: RequiredInputs { get }
+  /// Fills `scores`, already sized to the live rows of `layer`, larger meaning keep. Throws `missingInput` when what it
+  /// declared has not arrived.
+  func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError)
+}
+
+/// Stage two: how many rows may each layer and head keep?
+public protocol Allocator: Sendable {
+  /// True when budgets of one layer depend on the others: all layers are then scored before any is compressed.
+  var spansLayers: Bool { get }
+  /// Rows to keep, everything included, for each request and KV head. At most the rows there are.
+  func allocate(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]]
+}
+
+extension Allocator {
+  public var spansLayers: Bool { false }
+}
+
+/// One layer that wants rows.
+public struct AllocationRequest: Sendable {
+  public let layer: Int
+  /// Live rows per KV head.
+  public let rows: [Int]
+  /// What the policy's budget resolves to, per KV head.
+  public let budget: [Int]
+  public let scores: ScoreTable
+  /// Rows that must stay whatever their score.
+  public let protection: Protection
+}
+
+/// Stage three: where does each row go?
+public protocol Router: Sendable {
+  var protection: Protection { get }
+  /// Sends every row of `layer` to a tier or drops it; exactly `kept[h]` rows of head h survive. Cannot fail: everything
+  /// that could be wrong was decided before.
+  func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing)
+}
+
+/// Rows that no score can remove.
+public struct Protection: Hashable, Sendable {
+  /// The first rows of the sequence.
+  public var sinks: Int
+  /// The newest rows.
+  public var window: Int
+  /// The newest rows as a share of what is kept, on top of `window`; 0 for none.
+  public var windowShare: Double
+
+  public init(sinks: Int = 0, window: Int = 0, windowShare: Double = 0) {
+    self.sinks = sinks
+    self.window = window
+    self.windowShare = windowShare
+  }
+
+  /// Divides `kept` rows of `rows` between sinks, window and the scorer's choice.
+  public func split(kept: Int, of rows: Int) -> BudgetSplit {
+    let share = Int((windowShare * Double(kept)).rounded(.down))
+    return BudgetSplit.resolve(budgetTokens: kept, tokens: rows, sinks: sinks, window: max(window, share))
+  }
+}
+
+/// The outcome of routing: a tier for every live row, in the order of a `ScoreTable`.
+public struct Routing: Sendable {
+  /// Where a row goes: a tier of the policy, or nowhere.
+  public struct Outcome: Hashable, Sendable {
+    package let rawValue: UInt8
+    /// The row's bytes are freed.
+    public static let dropped = Outcome(rawValue: .max)
+    /// The policy's tier `index`. New tokens always arrive in tier 0.
+    public static func tier(_ index: Int) -> Outcome { Outcome(rawValue: UInt8(index)) }
+    private init(rawValue: UInt8) { self.rawValue = rawValue }
+  }
+
+  package private(set) var outcomes: [Outcome] = []
+  package private(set) var starts: [Int] = [0]
+
+  public init() {}
+
+  /// Every row dropped. Keeps its memory.
+  package mutating func reset(like scores: ScoreTable) {
+    starts.removeAll(keepingCapacity: true)
+    outcomes.removeAll(keepingCapacity: true)
+    starts.append(0)
+    for head in 0..<scores.headCount {
+      starts.append(starts[head] + scores.rowCount(head: head))
+    }
+    outcomes.append(contentsOf: repeatElement(.dropped, count: starts[scores.headCount]))
+  }
+
+  public subscript(head: Int, row: Int) -> Outcome {
+    get { outcomes[starts[head] + row] }
+    set { outcomes[starts[head] + row] = newValue }
+  }
+}

@@ -1,0 +1,102 @@
+/// Sinks and the newest window always; of the rest the rows with the largest scores. What is not kept is dropped, or
+/// goes to a second tier.
+///
+/// Equal scores: the lower position wins. O(rows) per head plus sorting what is kept.
+public struct TopKRouter: Router {
+  public let protection: Protection
+  /// Where the rows go that are not kept.
+  public let others: Routing.Outcome
+
+  public init(_ protection: Protection = Protection(), others: Routing.Outcome = .dropped) {
+    self.protection = protection
+    self.others = others
+  }
+
+  public func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) {
+    for head in 0..<scores.headCount {
+      let count = scores.rowCount(head: head)
+      let split = protection.split(kept: kept[head], of: count)
+      let middle = split.sinks..<count - split.window
+      for row in 0..<count {
+        routing[head, row] = middle.contains(row) ? others : .tier(0)
+      }
+      let start = scores.range(head: head).lowerBound
+      selectLargest(
+        split.chosen, of: scores.values[start + middle.lowerBound..<start + middle.upperBound]
+      ) { offset in routing[head, middle.lowerBound + offset] = .tier(0) }
+    }
+  }
+}
+
+/// Calls `take` with the offsets of the `count` largest values; of equal ones the earliest.
+///
+/// O(n) by repeated partition around a pivot, without recursion; the order of the calls is ascending.
+package func selectLargest(_ count: Int, of values: ArraySlice<Float>, take: (Int) -> Void) {
+  let n = values.count
+  if count >= n {
+    for offset in 0..<n { take(offset) }
+    return
+  }
+  if count <= 0 { return }
+  let threshold = nthLargest(count, of: values)
+  // Everything above the threshold is in; of its equals the earliest, as many as are left.
+  var equal = count
+  for value in values where value > threshold { equal -= 1 }
+  for (offset, value) in values.enumerated() {
+    if value > threshold {
+      take(offset)
+    } else if value == threshold, equal > 0 {
+      equal -= 1
+      take(offset)
+    }
+  }
+}
+
+/// The value that is `rank`-th when sorted descending, 1-based.
+private func nthLargest(_ rank: Int, of values: ArraySlice<Float>) -> Float {
+  // Removing a handful of rows a step is the common case in decoding: keep the few smallest instead.
+  let dropped = values.count - rank
+  if dropped == 1 {
+    var smallest = Float.infinity
+    var second = Float.infinity
+    for value in values {
+      if value < smallest {
+        second = smallest
+        smallest = value
+      } else if value < second {
+        second = value
+      }
+    }
+    return second
+  }
+  var work = Array(values)
+  var low = 0
+  var high = work.count - 1
+  let target = rank - 1
+  while low < high {
+    let pivot = medianOfThree(work[low], work[(low + high) / 2], work[high])
+    var i = low
+    var j = high
+    while i <= j {
+      while work[i] > pivot { i += 1 }
+      while work[j] < pivot { j -= 1 }
+      if i <= j {
+        work.swapAt(i, j)
+        i += 1
+        j -= 1
+      }
+    }
+    if target <= j {
+      high = j
+    } else if target >= i {
+      low = i
+    } else {
+      break
+    }
+  }
+  return work[target]
+}
+
+private func medianOfThree(_ a: Float, _ b: Float, _ c: Float) -> Float {
+  max(min(a, b), min(max(a, b), c))
+}

@@ -1,0 +1,8 @@
+/// The same budget for every head of every layer.
+public struct UniformAllocator: Allocator {
+  public init() {}
+
+  public func allocate(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]] {
+    requests.map { request in zip(request.rows, request.budget).map { min($0, $1) } }
+  }
+}

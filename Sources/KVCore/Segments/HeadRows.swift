@@ -1,0 +1,105 @@
+/// One KV head of a row segment: its slots, in position order.
+///
+/// ```
+/// slot        0   1   2   …
+/// positions   0   1   5   …    Int32, implicit while consecutive
+/// bias        0   0  -∞   …    Float, absent while all are 0
+/// score      .5  .2   0   …    Float, absent unless the policy asks for attention statistics
+/// keys      ┌ body ┬ tail ┐    split where the key format says
+/// values    ┌ body  ┬ tail┐    split where the value format says
+/// ```
+package struct HeadRows {
+  package var keys: RowStore
+  package var values: RowStore
+  package var positions = PositionColumn()
+  package var bias: Column<Float>?
+  package var score: Column<Float>?
+  package var dead = 0
+
+  package init(keyDim: Int, valueDim: Int, keys: SideFormat, values: SideFormat) {
+    self.keys = RowStore(dim: keyDim, format: keys)
+    self.values = RowStore(dim: valueDim, format: values)
+  }
+
+  package var slots: Int { positions.count }
+  package var live: Int { slots - dead }
+
+  package func isLive(_ slot: Int) -> Bool { bias.map { $0[slot] != -.infinity } ?? true }
+
+  /// Marks slots dead. Everything that can fail happens before the first slot changes.
+  package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
+    if dropped.isEmpty { return }
+    if bias == nil {
+      var column = Column<Float>()
+      try column.reserve(slots, backend: backend)
+      column.append(repeating: 0, count: slots)
+      bias = column
+    } else {
+      try bias!.makeUnique(backend: backend)
+    }
+    for slot in dropped where bias![slot] != -.infinity {
+      bias!.set(slot, -.infinity)
+      dead += 1
+    }
+  }
+
+  /// Dead slots worth reclaiming: a few for small heads, at most 64.
+  package var reclaimThreshold: Int { min(64, max(8, live / 8)) }
+
+  /// The same live rows without the dead slots, except those inside per-channel groups that still hold more live rows
+  /// than their memory could hold dense.
+  package func reclaimed(backend: any ComputeBackend) throws(KVError) -> HeadRows {
+    var physical = (0..<slots).map { isLive($0) }
+    let alive = physical
+    HeadRows.keepFullUnits(of: keys, alive: alive, in: &physical)
+    HeadRows.keepFullUnits(of: values, alive: alive, in: &physical)
+
+    let kept = (0..<slots).filter { physical[$0] }
+    var result = self
+    result.positions = try positions.gathered(kept, backend: backend)
+    result.dead = kept.count - live
+    if let bias {
+      let stillNeeded = kept.contains { bias[$0] != 0 }
+      result.bias = stillNeeded ? try bias.gathered(kept, backend: backend) : nil
+    }
+    if let score { result.score = try score.gathered(kept, backend: backend) }
+    result.keys = try keys.rebuilt(physical: physical, backend: backend)
+    result.values = try values.rebuilt(physical: physical, backend: backend)
+    return result
+  }
+
+  private static func keepFullUnits(of store: RowStore, alive: [Bool], in physical: inout [Bool]) {
+    let threshold = store.format.thawThreshold(dim: store.dim)
+    var start = 0
+    for extent in store.extents {
+      let unit = extent.encoding.rowsPerUnit
+      if unit > 1 {
+        for group in stride(from: start, to: start + extent.rows, by: unit) {
+          let count = alive[group..<group + unit].reduce(0) { $0 + ($1 ? 1 : 0) }
+          if count > threshold { for slot in group..<group + unit { physical[slot] = true } }
+        }
+      }
+      start += extent.rows
+    }
+  }
+
+  package func tally(into tally: inout ByteTally) {
+    keys.tally(into: &tally)
+    values.tally(into: &tally)
+    if let buffer = positions.explicit?.buffer { tally.add(buffer, kind: \.index) }
+    if let buffer = bias?.buffer { tally.add(buffer, kind: \.metadata) }
+    if let buffer = score?.buffer { tally.add(buffer, kind: \.state) }
+  }
+
+  package func checkInvariants() {
+    precondition(keys.rows == slots && values.rows == slots, "keys \(keys.rows), values \(values.rows), slots \(slots)")
+    precondition((1..<max(slots, 1)).allSatisfy { positions[$0 - 1] < positions[$0] }, "positions increase")
+    let counted = (0..<slots).reduce(0) { $0 + (isLive($1) ? 0 : 1) }
+    precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
+    precondition(bias.map { $0.count == slots } ?? true, "one bias per slot")
+    precondition(score.map { $0.count == slots } ?? true, "one score per slot")
+    precondition(
+      keys.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }
+        && values.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }, "rows lie inside their extents")
+  }
+}

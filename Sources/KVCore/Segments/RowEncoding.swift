@@ -1,0 +1,117 @@
+/// How the rows of one side (keys or values) of a segment are represented.
+///
+/// Dense rows are elements of one type. Affine rows are integer codes with a scale and a minimum per group:
+/// `value = code * scale + minimum`, `scale = (max - min) / (2^bits - 1)`, codes rounded to nearest even
+/// (primitive P1 of KIVI, GEAR, ZipCache and MiKV).
+public struct RowEncoding: Hashable, Sendable {
+  /// Numbers shared with the kernels and the saved-cache format.
+  package enum Kind: UInt8, Sendable { case dense = 0, affinePerChannel = 1, affinePerToken = 2 }
+
+  package let kind: Kind
+  /// Dense: type of the elements. Affine: type of scales and minima.
+  package let type: ElementType
+  /// Bits of a code; for dense rows the bits of an element.
+  public let bits: Int
+  /// Affine: rows (per channel) or channels (per token) that share a scale and minimum. Dense: 1.
+  public let group: Int
+
+  private init(kind: Kind, type: ElementType, bits: Int, group: Int) {
+    self.kind = kind
+    self.type = type
+    self.bits = bits
+    self.group = group
+  }
+
+  /// Rows as they are, in `type`.
+  public static func dense(_ type: ElementType) -> RowEncoding {
+    RowEncoding(kind: .dense, type: type, bits: type.byteCount * 8, group: 1)
+  }
+
+  /// One scale and minimum per channel over `group` consecutive tokens.
+  ///
+  /// - Throws: `invalidOption` unless bits is 2, 3, 4 or 8 and group a multiple of 32 up to 1024.
+  public static func affinePerChannel(
+    bits: Int, group: Int, metadata: ElementType = .f16
+  ) throws(KVError) -> RowEncoding {
+    try check(bits: bits)
+    guard group % 32 == 0, (32...1024).contains(group) else {
+      throw KVError(
+        .invalidOption, "a per-channel group must be a multiple of 32 tokens from 32 to 1024; got \(group)")
+    }
+    return RowEncoding(kind: .affinePerChannel, type: metadata, bits: bits, group: group)
+  }
+
+  /// One scale and minimum per token over `group` consecutive channels. The last group of a row may be short.
+  ///
+  /// - Throws: `invalidOption` unless bits is 2, 3, 4 or 8 and group lies in 8...4096.
+  public static func affinePerToken(
+    bits: Int, group: Int, metadata: ElementType = .f16
+  ) throws(KVError) -> RowEncoding {
+    try check(bits: bits)
+    guard (8...4096).contains(group) else {
+      throw KVError(.invalidOption, "a per-token group must be from 8 to 4096 channels; got \(group)")
+    }
+    return RowEncoding(kind: .affinePerToken, type: metadata, bits: bits, group: group)
+  }
+
+  private static func check(bits: Int) throws(KVError) {
+    guard [2, 3, 4, 8].contains(bits) else {
+      throw KVError(.invalidOption, "affine codes have 2, 3, 4 or 8 bits; got \(bits)")
+    }
+  }
+
+  /// Rebuilds an encoding from a saved cache. Nil when the numbers describe none.
+  package init?(kind: UInt8, type: UInt8, bits: Int, group: Int) {
+    guard let kind = Kind(rawValue: kind), let type = ElementType(rawValue: type) else { return nil }
+    let made: RowEncoding?
+    switch kind {
+    case .dense: made = group == 1 && bits == type.byteCount * 8 ? .dense(type) : nil
+    case .affinePerChannel: made = try? .affinePerChannel(bits: bits, group: group, metadata: type)
+    case .affinePerToken: made = try? .affinePerToken(bits: bits, group: group, metadata: type)
+    }
+    guard let made else { return nil }
+    self = made
+  }
+
+  /// Rows that can only be written, moved and removed together.
+  package var rowsPerUnit: Int { kind == .affinePerChannel ? group : 1 }
+
+  /// Bytes of codes or elements of `rows` rows of `dim` channels.
+  package func payloadBytes(rows: Int, dim: Int) -> Int {
+    switch kind {
+    case .dense: rows * dim * type.byteCount
+    case .affinePerChannel: rows * dim * bits / 8
+    case .affinePerToken: rows * RowEncoding.wordsPerRow(dim: dim, bits: bits) * 4
+    }
+  }
+
+  /// Bytes of the scales of `rows` rows; the minima take as many.
+  package func scaleBytes(rows: Int, dim: Int) -> Int {
+    switch kind {
+    case .dense: 0
+    case .affinePerChannel: rows / group * dim * type.byteCount
+    case .affinePerToken: rows * ((dim + group - 1) / group) * type.byteCount
+    }
+  }
+
+  package func metadataBytes(rows: Int, dim: Int) -> Int { 2 * scaleBytes(rows: rows, dim: dim) }
+
+  package func bytes(rows: Int, dim: Int) -> Int {
+    payloadBytes(rows: rows, dim: dim) + metadataBytes(rows: rows, dim: dim)
+  }
+
+  /// 32-bit words of one per-token row. Three-bit codes are a plane of two bits and a plane of one.
+  package static func wordsPerRow(dim: Int, bits: Int) -> Int {
+    bits == 3 ? (dim * 2 + 31) / 32 + (dim + 31) / 32 : (dim * bits + 31) / 32
+  }
+}
+
+extension RowEncoding: CustomStringConvertible {
+  public var description: String {
+    switch kind {
+    case .dense: type.name
+    case .affinePerChannel: "affine \(bits)-bit per channel, \(group) tokens, \(type.name) scale and min"
+    case .affinePerToken: "affine \(bits)-bit per token, \(group) channels, \(type.name) scale and min"
+    }
+  }
+}

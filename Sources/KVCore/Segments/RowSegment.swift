@@ -1,0 +1,321 @@
+/// The representation behind dense and quantized stores: per head, keys and values apart, an encoded body and a dense
+/// tail. Dense caches, KIVI, per-token integer formats and any mixture of them for K and V are values of `RowFormat`.
+package final class RowSegment: Segment {
+  package let layer: LayerShape
+  package let format: RowFormat
+  package let backend: any ComputeBackend
+  package private(set) var heads: [HeadRows]
+  /// Reused by every append; never shrinks.
+  private var targets: [RunSlice] = []
+  private var writes: [WriteTarget] = []
+
+  package init(layer: LayerShape, format: RowFormat, backend: any ComputeBackend) {
+    self.layer = layer
+    self.format = format
+    self.backend = backend
+    heads = (0..<layer.kvHeads).map { _ in
+      HeadRows(keyDim: layer.keyDim, valueDim: layer.valueDim, keys: format.keys, values: format.values)
+    }
+  }
+
+  package init(restoring heads: [HeadRows], layer: LayerShape, format: RowFormat, backend: any ComputeBackend) {
+    self.layer = layer
+    self.format = format
+    self.backend = backend
+    self.heads = heads
+  }
+
+  package var kvHeads: Int { heads.count }
+  package func slotCount(head: Int) -> Int { heads[head].slots }
+  package func liveCount(head: Int) -> Int { heads[head].live }
+  package func position(head: Int, slot: Int) -> Int { heads[head].positions[slot] }
+  package func isLive(head: Int, slot: Int) -> Bool { heads[head].isLive(slot) }
+  package func logBias(head: Int, slot: Int) -> Float { heads[head].bias.map { $0[slot] } ?? 0 }
+
+  // MARK: Appending
+
+  package func append(
+    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, tracksScores: Bool
+  ) throws(KVError) {
+    let count = keys.tokens
+    do throws(KVError) {
+      try reserve(count, firstPosition: firstPosition, tracksScores: tracksScores)
+      try write(keys, side: \.keys, name: "key", firstPosition: firstPosition)
+      let keyTargets = targets.count
+      try write(values, side: \.values, name: "value", firstPosition: firstPosition)
+      commit(count, firstPosition: firstPosition, keyTargets: keyTargets)
+    } catch {
+      for head in heads.indices {
+        heads[head].keys.cancelReservation()
+        heads[head].values.cancelReservation()
+      }
+      throw error
+    }
+  }
+
+  /// Columns only; rows are reserved side by side with writing them.
+  private func reserve(_ count: Int, firstPosition: Int, tracksScores: Bool) throws(KVError) {
+    targets.removeAll(keepingCapacity: true)
+    for head in heads.indices {
+      try heads[head].positions.reserve(next: firstPosition, adding: count, backend: backend)
+      if heads[head].bias != nil { try heads[head].bias!.reserve(count, backend: backend) }
+      if tracksScores, heads[head].score == nil {
+        var column = Column<Float>()
+        try column.reserve(heads[head].slots + count, backend: backend)
+        column.append(repeating: 0, count: heads[head].slots)
+        heads[head].score = column
+      } else if heads[head].score != nil {
+        try heads[head].score!.reserve(count, backend: backend)
+      }
+    }
+  }
+
+  private func write(
+    _ view: borrowing TensorView, side: WritableKeyPath<HeadRows, RowStore>, name: String, firstPosition: Int
+  ) throws(KVError) {
+    writes.removeAll(keepingCapacity: true)
+    let range = heads[0][keyPath: side].format.range
+    for head in heads.indices {
+      let before = targets.count
+      try heads[head][keyPath: side].reserve(view.tokens, backend: backend, into: &targets)
+      var token = 0
+      for index in before..<targets.count {
+        writes.append(WriteTarget(head: head, token: token, slice: targets[index], range: range))
+        token += targets[index].count
+      }
+    }
+    if let place = backend.write(view, to: writes) {
+      throw KVError(
+        .unrepresentable,
+        "channel \(place.channel) of a \(name) is beyond ±\(range.largestFinite), the largest \(range.name); "
+          + "store rows and metadata as bf16 or f32",
+        head: place.head, position: firstPosition + place.token)
+    }
+  }
+
+  private func commit(_ count: Int, firstPosition: Int, keyTargets: Int) {
+    var key = 0
+    var value = keyTargets
+    for head in heads.indices {
+      let keyEnd = end(of: count, from: key)
+      heads[head].keys.commit(targets[key..<keyEnd])
+      key = keyEnd
+      let valueEnd = end(of: count, from: value)
+      heads[head].values.commit(targets[value..<valueEnd])
+      value = valueEnd
+      heads[head].positions.append(next: firstPosition, adding: count)
+      heads[head].bias?.append(repeating: 0, count: count)
+      heads[head].score?.append(repeating: 0, count: count)
+    }
+  }
+
+  /// Index behind the targets that hold `count` rows from `start` on.
+  private func end(of count: Int, from start: Int) -> Int {
+    var index = start
+    var left = count
+    while left > 0 {
+      left -= targets[index].count
+      index += 1
+    }
+    return index
+  }
+
+  // MARK: Taking rows over from another tier
+
+  package func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice]) {
+    var keys: [RunSlice] = []
+    var values: [RunSlice] = []
+    var index = 0
+    while index < slots.count {
+      var end = index + 1
+      while end < slots.count, slots[end] == slots[end - 1] + 1 { end += 1 }
+      keys += heads[head].keys.slices(slots[index]..<slots[end - 1] + 1)
+      values += heads[head].values.slices(slots[index]..<slots[end - 1] + 1)
+      index = end
+    }
+    return (keys, values)
+  }
+
+  package func absorb(from other: any Segment, slots: [[Int]]) throws(KVError) {
+    var merged = heads
+    for head in heads.indices where !slots[head].isEmpty {
+      let sources = other.slices(head: head, slots: slots[head])
+      let positions = slots[head].map { other.position(head: head, slot: $0) }
+      guard positions[0] > (merged[head].positions.last ?? -1) else {
+        throw KVError(
+          .unsupported,
+          "a tier takes rows in position order: position \(positions[0]) comes after \(merged[head].positions.last ?? -1)",
+          head: head)
+      }
+      try merged[head].keys.append(sources.keys, count: positions.count, backend: backend)
+      try merged[head].values.append(sources.values, count: positions.count, backend: backend)
+      try merged[head].positions.append(positions, backend: backend)
+      if merged[head].bias != nil {
+        try merged[head].bias!.reserve(positions.count, backend: backend)
+        for slot in slots[head] { merged[head].bias!.append(other.logBias(head: head, slot: slot)) }
+      }
+      if merged[head].score != nil {
+        try merged[head].score!.reserve(positions.count, backend: backend)
+        for slot in slots[head] { merged[head].score!.append(other.score(head: head, slot: slot)) }
+      }
+    }
+    heads = merged
+  }
+
+  // MARK: Removing
+
+  package func settle() throws(KVError) {
+    for head in heads.indices {
+      if flushIsDue(head), tailHasDead(head) {
+        heads[head] = try heads[head].reclaimed(backend: backend)
+      }
+      try heads[head].keys.encodeTail(
+        format.keys.rowsToFlush(tail: heads[head].keys.tailRows), backend: backend)
+      try heads[head].values.encodeTail(
+        format.values.rowsToFlush(tail: heads[head].values.tailRows), backend: backend)
+    }
+  }
+
+  private func flushIsDue(_ head: Int) -> Bool {
+    format.keys.rowsToFlush(tail: heads[head].keys.tailRows) > 0
+      || format.values.rowsToFlush(tail: heads[head].values.tailRows) > 0
+  }
+
+  /// A dead row must not enter a group: it would stretch the range of the rows that live.
+  private func tailHasDead(_ head: Int) -> Bool {
+    let rows = heads[head]
+    if rows.dead == 0 { return false }
+    let start = min(rows.keys.bodyRows, rows.values.bodyRows)
+    return (start..<rows.slots).contains { !rows.isLive($0) }
+  }
+
+  package func drop(_ slots: [[Int]]) throws(KVError) {
+    for head in heads.indices { try heads[head].drop(slots[head], backend: backend) }
+  }
+
+  package func reclaim(eager: Bool) throws(KVError) {
+    for head in heads.indices where heads[head].dead > 0 {
+      if eager || heads[head].dead >= heads[head].reclaimThreshold {
+        heads[head] = try heads[head].reclaimed(backend: backend)
+      }
+    }
+  }
+
+  package var minimumTruncation: Int {
+    heads.reduce(0) { most, head in
+      let body = max(head.keys.bodyRows, head.values.bodyRows)
+      return body == 0 ? most : max(most, head.positions[body - 1] + 1)
+    }
+  }
+
+  package func truncate(to position: Int) throws(KVError) {
+    for head in heads.indices {
+      let kept = heads[head].positions.lowerBound(position)
+      let removed = heads[head].slots - kept
+      if removed == 0 { continue }
+      let deadRemoved = (kept..<heads[head].slots).reduce(0) { $0 + (heads[head].isLive($1) ? 0 : 1) }
+      heads[head].keys.removeLast(removed)
+      heads[head].values.removeLast(removed)
+      heads[head].positions.removeLast(removed)
+      heads[head].bias?.removeLast(removed)
+      heads[head].score?.removeLast(removed)
+      heads[head].dead -= deadRemoved
+    }
+  }
+
+  // MARK: Reading
+
+  package func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan) {
+    if range.isEmpty { return }
+    let rows = heads[head]
+    let keyStart = plan.slices.count
+    rows.keys.slices(range, into: &plan.slices)
+    let valueStart = plan.slices.count
+    rows.values.slices(range, into: &plan.slices)
+    plan.rows.append(
+      RowsWork(
+        kvHead: head, count: range.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
+        positions: rows.positions.explicit?.base.map { UnsafePointer($0) + range.lowerBound },
+        firstPosition: rows.positions.first + range.lowerBound,
+        bias: rows.bias?.base.map { UnsafePointer($0) + range.lowerBound },
+        score: rows.score?.base.map { $0 + range.lowerBound }, shift: shift))
+  }
+
+  package func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
+    read(heads[head].keys, range, into: destination)
+  }
+
+  package func readValues(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
+    read(heads[head].values, range, into: destination)
+  }
+
+  private func read(_ store: RowStore, _ range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
+    var next = destination
+    for slice in store.slices(range) {
+      backend.read(slice, into: next, stride: store.dim)
+      next += slice.count * store.dim
+    }
+  }
+
+  package func denseRun(head: Int, keys: Bool) -> RunSlice? {
+    let rows = heads[head]
+    let store = keys ? rows.keys : rows.values
+    let slices = store.slices(0..<store.rows)
+    guard rows.dead == 0, slices.count == 1, slices[0].run.encoding.kind == .dense else { return nil }
+    return slices[0]
+  }
+
+  // MARK: Scores
+
+  package func score(head: Int, slot: Int) -> Float { heads[head].score.map { $0[slot] } ?? 0 }
+
+  package func forgetScores() { for head in heads.indices { heads[head].score = nil } }
+
+  package func prepareScores() throws(KVError) {
+    for head in heads.indices where heads[head].score != nil {
+      try heads[head].score!.makeUnique(backend: backend)
+    }
+  }
+
+  package func addScores(head: Int, _ added: [Float]) throws(KVError) {
+    guard heads[head].score != nil else { return }
+    try heads[head].score!.makeUnique(backend: backend)
+    var next = 0
+    for slot in 0..<heads[head].slots where heads[head].isLive(slot) {
+      heads[head].score!.set(slot, heads[head].score![slot] + added[next])
+      next += 1
+    }
+  }
+
+  // MARK: Life cycle
+
+  package func tally(into tally: inout ByteTally) { for head in heads { head.tally(into: &tally) } }
+
+  package func fork() -> any Segment {
+    RowSegment(restoring: heads, layer: layer, format: format, backend: backend)
+  }
+
+  package func checkInvariants() { for head in heads { head.checkInvariants() } }
+}
+
+/// Keys and values of a tier, each in its own side format.
+package struct RowFormat: SegmentFactory, Hashable {
+  package let keys: SideFormat
+  package let values: SideFormat
+
+  package init(keys: SideFormat, values: SideFormat) {
+    self.keys = keys
+    self.values = values
+  }
+
+  package func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment {
+    RowSegment(layer: layer, format: self, backend: backend)
+  }
+
+  package func validate(layer: LayerShape) throws(KVError) {}
+
+  package func bytes(rows: Int, layer: LayerShape) -> Int {
+    keys.bytes(rows: rows, dim: layer.keyDim) + values.bytes(rows: rows, dim: layer.valueDim)
+      + rows * MemoryLayout<Int32>.stride
+  }
+}

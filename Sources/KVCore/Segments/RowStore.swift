@@ -1,0 +1,361 @@
+/// Consecutive rows of one side of one head in one encoding and one buffer.
+///
+/// ```
+/// buffer ┌ … ┬ first … first+rows (live) ┬ room … capacity ┐
+/// ```
+package struct Extent {
+  package let encoding: RowEncoding
+  package let capacity: Int
+  package var buffer: Buffer
+  package var first = 0
+  package var rows = 0
+
+  package init(encoding: RowEncoding, capacity: Int, dim: Int, backend: any ComputeBackend) throws(KVError) {
+    self.encoding = encoding
+    self.capacity = capacity
+    buffer = try backend.allocate(byteCount: encoding.bytes(rows: capacity, dim: dim), hostVisible: false)
+  }
+
+  package var room: Int { capacity - first - rows }
+
+  package func run(dim: Int) -> RowRun {
+    RowRun(encoding: encoding, dim: dim, capacity: capacity, base: buffer.base)
+  }
+}
+
+/// The rows of one side (keys or values) of one KV head: encoded body first, dense tail behind it.
+///
+/// ```
+/// ┌ body: extents in any encoding, written once, never re-encoded ┬ tail: dense extents, newest rows ┐
+/// 0                                                        bodyRows                               rows
+/// ```
+/// An extent holds at most ``extentRows`` rows, so that memory can be given back piece by piece.
+package struct RowStore {
+  package static let extentRows = 1024
+
+  package let dim: Int
+  package let format: SideFormat
+  package private(set) var extents: ContiguousArray<Extent> = []
+  package private(set) var bodyExtents = 0
+  package private(set) var bodyRows = 0
+  package private(set) var rows = 0
+
+  package init(dim: Int, format: SideFormat) {
+    self.dim = dim
+    self.format = format
+  }
+
+  package var tailRows: Int { rows - bodyRows }
+
+  // MARK: Appending
+
+  /// Makes room for `count` rows at the end and returns where they go. Rows appear only with `commit`.
+  package mutating func reserve(
+    _ count: Int, backend: any ComputeBackend, into targets: inout [RunSlice]
+  ) throws(KVError) {
+    var left = count
+    if let last = extents.indices.last, last >= bodyExtents, extents[last].room > 0,
+      isKnownUniquelyReferenced(&extents[last].buffer)
+    {
+      let taken = min(left, extents[last].room)
+      targets.append(
+        RunSlice(
+          run: extents[last].run(dim: dim), first: extents[last].first + extents[last].rows, count: taken))
+      left -= taken
+    }
+    while left > 0 {
+      let taken = min(left, RowStore.extentRows)
+      let extent = try Extent(
+        encoding: .dense(format.window), capacity: max(taken, format.growth), dim: dim, backend: backend)
+      targets.append(RunSlice(run: extent.run(dim: dim), first: 0, count: taken))
+      extents.append(extent)
+      left -= taken
+    }
+  }
+
+  /// Makes the reserved rows part of the store. `targets` are the slices `reserve` returned.
+  package mutating func commit(_ targets: ArraySlice<RunSlice>) {
+    var index = extents.count - 1
+    for target in targets.reversed() {
+      extents[index].rows += target.count
+      rows += target.count
+      index -= 1
+    }
+  }
+
+  /// Gives back what `reserve` allocated and nobody committed.
+  package mutating func cancelReservation() {
+    while let last = extents.last, last.rows == 0, extents.count > bodyExtents { extents.removeLast() }
+  }
+
+  /// Appends copies of rows that lie elsewhere, as dense rows.
+  package mutating func append(_ sources: [RunSlice], count: Int, backend: any ComputeBackend) throws(KVError) {
+    var targets: [RunSlice] = []
+    try reserve(count, backend: backend, into: &targets)
+    var left = sources[...]
+    for target in targets {
+      backend.transcode(RowStore.take(target.count, from: &left), to: target.run, row: target.first)
+    }
+    commit(targets[...])
+  }
+
+  /// The first `count` rows of some slices, which are removed from them.
+  private static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
+    var result: [RunSlice] = []
+    var left = count
+    while left > 0, var slice = slices.first {
+      let taken = min(left, slice.count)
+      result.append(RunSlice(run: slice.run, first: slice.first, count: taken))
+      slice.first += taken
+      slice.count -= taken
+      slices = slices.dropFirst()
+      if slice.count > 0 { slices = [slice] + slices }
+      left -= taken
+    }
+    return result
+  }
+
+  // MARK: Reading
+
+  /// Appends the slices that hold `range`, in row order.
+  package func slices(_ range: Range<Int>, into result: inout ContiguousArray<RunSlice>) {
+    if range.isEmpty { return }
+    var start = 0
+    for extent in extents {
+      let end = start + extent.rows
+      if end > range.lowerBound, start < range.upperBound {
+        let low = max(range.lowerBound, start)
+        let high = min(range.upperBound, end)
+        result.append(
+          RunSlice(run: extent.run(dim: dim), first: extent.first + low - start, count: high - low))
+      }
+      start = end
+      if start >= range.upperBound { break }
+    }
+  }
+
+  package func slices(_ range: Range<Int>) -> [RunSlice] {
+    var result: ContiguousArray<RunSlice> = []
+    slices(range, into: &result)
+    return Array(result)
+  }
+
+  // MARK: Moving rows from the tail into the body
+
+  /// Encodes the oldest `count` tail rows into the body. They leave the tail.
+  package mutating func encodeTail(_ count: Int, backend: any ComputeBackend) throws(KVError) {
+    guard count > 0, let encoding = format.body else { return }
+    precondition(
+      count <= tailRows && count % encoding.rowsPerUnit == 0,
+      "encoding \(count) of \(tailRows) tail rows in units of \(encoding.rowsPerUnit)")
+
+    // Everything that can fail comes first: the extents.
+    var fresh: [Extent] = []
+    var appended = 0
+    if bodyExtents > 0, extents[bodyExtents - 1].encoding == encoding, encoding.rowsPerUnit == 1,
+      isKnownUniquelyReferenced(&extents[bodyExtents - 1].buffer)
+    {
+      appended = min(count, extents[bodyExtents - 1].room)
+    }
+    var left = count - appended
+    let unit = encoding.rowsPerUnit
+    while left > 0 {
+      let taken = min(left, max(RowStore.extentRows / unit, 1) * unit)
+      // Rows that arrive one by one get room for the next ones; units arrive whole.
+      let capacity = unit == 1 ? max(taken, format.growth) : taken
+      fresh.append(try Extent(encoding: encoding, capacity: capacity, dim: dim, backend: backend))
+      left -= taken
+    }
+
+    var next = bodyRows
+    if appended > 0 {
+      let extent = extents[bodyExtents - 1]
+      backend.transcode(
+        slices(next..<next + appended), to: extent.run(dim: dim), row: extent.first + extent.rows)
+      next += appended
+    }
+    for index in fresh.indices {
+      let taken = min(bodyRows + count - next, fresh[index].capacity)
+      backend.transcode(slices(next..<next + taken), to: fresh[index].run(dim: dim), row: 0)
+      fresh[index].rows = taken
+      next += taken
+    }
+
+    if appended > 0 { extents[bodyExtents - 1].rows += appended }
+    removeTailFront(count)
+    if !fresh.isEmpty {
+      extents.insert(contentsOf: fresh, at: bodyExtents)
+      bodyExtents += fresh.count
+    }
+    bodyRows += count
+    rows += count
+    try repackTail(backend: backend)
+  }
+
+  /// Forgets the oldest `count` tail rows; their extents are freed or, when small, kept for the next rows.
+  private mutating func removeTailFront(_ count: Int) {
+    var left = count
+    while left > 0 {
+      let taken = min(left, extents[bodyExtents].rows)
+      extents[bodyExtents].first += taken
+      extents[bodyExtents].rows -= taken
+      left -= taken
+      if extents[bodyExtents].rows > 0 { break }
+      let isLast = bodyExtents == extents.count - 1
+      if isLast, extents[bodyExtents].capacity <= format.growth,
+        isKnownUniquelyReferenced(&extents[bodyExtents].buffer)
+      {
+        extents[bodyExtents].first = 0
+      } else {
+        extents.remove(at: bodyExtents)
+      }
+    }
+    rows -= count
+  }
+
+  /// Copies a tail that rattles in a large extent (what is left of a prompt) into one of the right size.
+  private mutating func repackTail(backend: any ComputeBackend) throws(KVError) {
+    let held = extents[bodyExtents...].reduce(0) { $0 + $1.capacity }
+    if held <= max(2 * tailRows, tailRows + 2 * format.growth) { return }
+    var packed = RowStore(dim: dim, format: format)
+    var targets: [RunSlice] = []
+    if tailRows > 0 { try packed.reserve(tailRows, backend: backend, into: &targets) }
+    var next = bodyRows
+    for target in targets {
+      backend.transcode(slices(next..<next + target.count), to: target.run, row: target.first)
+      next += target.count
+    }
+    packed.commit(targets[...])
+    extents.replaceSubrange(bodyExtents..., with: packed.extents)
+  }
+
+  // MARK: Removing rows
+
+  /// Cuts off the newest `count` rows, which must all be in the tail.
+  package mutating func removeLast(_ count: Int) {
+    precondition(count <= tailRows, "cutting \(count) rows of a tail of \(tailRows)")
+    var left = count
+    while left > 0 {
+      let last = extents.count - 1
+      let taken = min(left, extents[last].rows)
+      extents[last].rows -= taken
+      left -= taken
+      if extents[last].rows == 0 { extents.removeLast() }
+    }
+    rows -= count
+  }
+
+  /// A store with the rows flagged in `physical` only, in order. Units (per-channel groups) that keep all their rows
+  /// are copied code by code; of others the remaining rows are decoded once, into dense rows.
+  package func rebuilt(
+    physical: [Bool], backend: any ComputeBackend
+  ) throws(KVError) -> RowStore {
+    var result = RowStore(dim: dim, format: format)
+    var pieces = PieceList()
+    var start = 0
+    for (index, extent) in extents.enumerated() {
+      if index == bodyExtents { try result.appendBody(&pieces, backend: backend) }
+      let unit = extent.encoding.rowsPerUnit
+      let run = extent.run(dim: dim)
+      if unit == 1 {
+        pieces.append(flagged: physical[start..<start + extent.rows], of: run, first: extent.first, as: extent.encoding)
+      } else {
+        for group in stride(from: 0, to: extent.rows, by: unit) {
+          let flags = physical[start + group..<start + group + unit]
+          let encoding: RowEncoding = flags.allSatisfy { $0 } ? extent.encoding : .dense(format.window)
+          pieces.append(flagged: flags, of: run, first: extent.first + group, as: encoding)
+        }
+      }
+      start += extent.rows
+    }
+    if extents.count <= bodyExtents { try result.appendBody(&pieces, backend: backend) }
+    try result.appendTail(&pieces, backend: backend)
+    return result
+  }
+
+  private mutating func appendBody(_ pieces: inout PieceList, backend: any ComputeBackend) throws(KVError) {
+    try appendExtents(&pieces, growth: 0, backend: backend)
+    bodyExtents = extents.count
+    bodyRows = rows
+  }
+
+  private mutating func appendTail(_ pieces: inout PieceList, backend: any ComputeBackend) throws(KVError) {
+    try appendExtents(&pieces, growth: format.growth, backend: backend)
+  }
+
+  private mutating func appendExtents(
+    _ pieces: inout PieceList, growth: Int, backend: any ComputeBackend
+  ) throws(KVError) {
+    for piece in pieces.list {
+      var extent = try Extent(
+        encoding: piece.encoding, capacity: max(piece.rows, growth), dim: dim, backend: backend)
+      backend.transcode(piece.sources, to: extent.run(dim: dim), row: 0)
+      extent.rows = piece.rows
+      extents.append(extent)
+      rows += piece.rows
+    }
+    pieces.list.removeAll()
+  }
+
+  // MARK: Accounting
+
+  package func tally(into tally: inout ByteTally) {
+    for extent in extents {
+      tally.add(
+        extent.buffer, kind: \.payload,
+        metadata: extent.encoding.metadataBytes(rows: extent.capacity, dim: dim))
+    }
+  }
+
+  /// Rebuilds a store from a saved cache; see `RowStore+Coding.swift`.
+  package init(restoring extents: ContiguousArray<Extent>, bodyExtents: Int, dim: Int, format: SideFormat) {
+    self.init(dim: dim, format: format)
+    self.extents = extents
+    self.bodyExtents = bodyExtents
+    bodyRows = extents[..<bodyExtents].reduce(0) { $0 + $1.rows }
+    rows = extents.reduce(0) { $0 + $1.rows }
+  }
+}
+
+/// Rows on their way into new extents, grouped by the encoding they will have.
+private struct PieceList {
+  struct Piece {
+    var encoding: RowEncoding
+    var rows: Int
+    var sources: [RunSlice]
+  }
+
+  var list: [Piece] = []
+
+  mutating func append(flagged: ArraySlice<Bool>, of run: RowRun, first: Int, as encoding: RowEncoding) {
+    var index = flagged.startIndex
+    while index < flagged.endIndex {
+      guard flagged[index] else {
+        index += 1
+        continue
+      }
+      var end = index
+      while end < flagged.endIndex, flagged[end] { end += 1 }
+      add(run, first + index - flagged.startIndex, end - index, encoding)
+      index = end
+    }
+  }
+
+  private mutating func add(_ run: RowRun, _ first: Int, _ count: Int, _ encoding: RowEncoding) {
+    var first = first
+    var left = count
+    while left > 0 {
+      if list.last.map({ $0.encoding != encoding || $0.rows >= RowStore.extentRows }) ?? true {
+        list.append(Piece(encoding: encoding, rows: 0, sources: []))
+      }
+      let last = list.count - 1
+      let unit = encoding.rowsPerUnit
+      let room = max((RowStore.extentRows - list[last].rows) / unit * unit, unit)
+      let taken = min(left, room)
+      list[last].sources.append(RunSlice(run: run, first: first, count: taken))
+      list[last].rows += taken
+      first += taken
+      left -= taken
+    }
+  }
+}

@@ -1,0 +1,71 @@
+/// Some tokens of one layer, for every KV head, in one representation.
+///
+/// Heads are ragged: they may hold different tokens and different counts. Slots of a head are in position order.
+/// A slot may be dead: its log bias is minus infinity, it takes part in nothing, and its memory is reclaimed later.
+package protocol Segment: AnyObject {
+  var kvHeads: Int { get }
+  /// Slots of a head, dead ones included.
+  func slotCount(head: Int) -> Int
+  func liveCount(head: Int) -> Int
+  func position(head: Int, slot: Int) -> Int
+  func isLive(head: Int, slot: Int) -> Bool
+
+  /// Appends the tokens of two views to every head; positions `first ...`.
+  func append(
+    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, tracksScores: Bool
+  ) throws(KVError)
+
+  /// Moves rows to where the representation wants them (out of the dense window, say).
+  func settle() throws(KVError)
+
+  /// Marks slots dead. `slots[h]` ascending.
+  func drop(_ slots: [[Int]]) throws(KVError)
+
+  /// Gives memory of dead slots back: all of it when `eager`, else when enough has gathered to be worth it.
+  func reclaim(eager: Bool) throws(KVError)
+
+  /// Cuts off every slot at or after `position`.
+  func truncate(to position: Int) throws(KVError)
+  /// The earliest position `truncate` accepts.
+  var minimumTruncation: Int { get }
+
+  /// Describes the slots of a head in `range` to an attention plan.
+  func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan)
+
+  /// Accumulated attention of a slot; 0 when nobody asked for it.
+  func score(head: Int, slot: Int) -> Float
+  /// Removes the accumulated attention of every slot: the policy no longer needs it.
+  func forgetScores()
+  /// Adds observed attention to the live slots of a head, in slot order.
+  func addScores(head: Int, _ added: [Float]) throws(KVError)
+  /// Makes score memory exclusive before a backend writes to it.
+  func prepareScores() throws(KVError)
+
+  /// Rows as f32, rows `dim` floats apart.
+  func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>)
+  func readValues(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>)
+  /// The rows of a head without a copy, when they are dense and contiguous.
+  func denseRun(head: Int, keys: Bool) -> RunSlice?
+
+  func logBias(head: Int, slot: Int) -> Float
+
+  func tally(into tally: inout ByteTally)
+  /// A segment with the same rows that shares what is frozen.
+  func fork() -> any Segment
+  func checkInvariants()
+
+  /// Appends rows of another segment, `slots[h]` ascending, to this one's dense windows. Positions may lie anywhere
+  /// after this segment's own.
+  func absorb(from other: any Segment, slots: [[Int]]) throws(KVError)
+  /// The slices of single slots, for `absorb`.
+  func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice])
+}
+
+/// Makes the segments of one tier. The representation of a `Store`.
+package protocol SegmentFactory: Sendable {
+  func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment
+  /// Refuses shapes the representation cannot hold.
+  func validate(layer: LayerShape) throws(KVError)
+  /// The most bytes one KV head needs for this many rows, positions included.
+  func bytes(rows: Int, layer: LayerShape) -> Int
+}

@@ -1,0 +1,96 @@
+public import KVCore
+
+/// H2O: the tokens that have received most attention so far, and the newest ones. arXiv 2306.14048 (NeurIPS 2023).
+///
+/// Needs: the attention weights of every token, prompt included. Runs: after the prompt and after every decoded token,
+/// each time after that step's attention. This is the authors' "real drop" variant: scores are running sums, what is
+/// dropped is gone, a new token starts with the attention it gave itself.
+///
+/// Differs from the authors' code: scores are summed over the query heads of a KV head (theirs knows no GQA), equal
+/// scores keep the lower position.
+extension Selection {
+  /// - Parameters:
+  ///   - budget: rows kept in all; the paper keeps 20 % of the prompt.
+  ///   - recentShare: part of the budget for the newest tokens; the paper halves it.
+  ///   - every: decoded tokens between evictions; 1 as published, nil never after the prompt.
+  public static func h2o(
+    budget: Budget = .fraction(0.2), recentShare: Double = 0.5, every: Int? = 1
+  ) throws(KVError) -> Selection {
+    guard (0...1).contains(recentShare) else {
+      throw KVError(.invalidOption, "h2o's recent share must lie in 0...1; got \(recentShare)")
+    }
+    return try make(
+      [SpecOption("budget", budget.specValue), SpecOption("recent_share", .decimal(recentShare))], budget,
+      Protection(windowShare: recentShare), every)
+  }
+
+  /// The authors' two numbers: `heavy` tokens by score and `recent` newest ones.
+  public static func h2o(heavy: Int, recent: Int, every: Int? = 1) throws(KVError) -> Selection {
+    guard heavy >= 0, recent >= 0, heavy <= 1 << 30, recent <= 1 << 30, heavy + recent >= 1 else {
+      throw KVError(
+        .invalidOption, "h2o keeps at least 1 token, heavy and recent together; got \(heavy) and \(recent)")
+    }
+    return try make(
+      [SpecOption("heavy", .integer(heavy)), SpecOption("recent", .integer(recent))], .tokens(heavy + recent),
+      Protection(window: recent), every)
+  }
+
+  private static func make(
+    _ options: [SpecOption], _ budget: Budget, _ protection: Protection, _ every: Int?
+  ) throws(KVError) -> Selection {
+    try budget.validate()
+    if let every, every < 1 {
+      throw KVError(.invalidOption, "evicting every \(every) tokens does not exist; at least 1, or never")
+    }
+    return Selection(
+      spec: StageSpec(name: "h2o", options: options + [SpecOption("every", .integer(every ?? 0))]),
+      scorer: AccumulatedAttention(), budget: budget, router: TopKRouter(protection),
+      schedule: Schedule(decodeInterval: every))
+  }
+
+  /// `h2o(budget=0.2)` or `h2o(heavy=4,recent=512)`.
+  public static let h2oMethod = MethodDescription(
+    name: "h2o", role: .selection, summary: "heavy hitters by accumulated attention, and a recent window",
+    paper: "arXiv 2306.14048",
+    options: [
+      .init("budget", "tokens, share of the tokens seen, or bytes kept in all"),
+      .init("recent_share", "part of the budget for the newest tokens"),
+      .init("heavy", "tokens kept by score, instead of budget; with recent"),
+      .init("recent", "newest tokens kept, with heavy"),
+      .init("every", "decoded tokens between evictions; 0 for never after the prompt"),
+    ]
+  ) { (reader) throws(KVError) in
+    let every = try reader.int("every", default: 1, in: 0...1_048_576)
+    let interval = every == 0 ? nil : every
+    if reader.has("heavy") || reader.has("recent") {
+      guard !reader.has("budget"), !reader.has("recent_share") else {
+        throw KVError(
+          .invalidOption, "h2o takes heavy and recent, or budget and recent_share, not both",
+          offset: reader.stage.offset)
+      }
+      let heavy = try reader.int("heavy", in: 0...1_073_741_823)
+      let recent = try reader.int("recent", in: 0...1_073_741_823)
+      return .selection(try .h2o(heavy: heavy, recent: recent, every: interval))
+    }
+    reader.offer("heavy")
+    reader.offer("recent")
+    let budget = try reader.budget("budget", default: .fraction(0.2))
+    let share = try reader.double("recent_share", default: 0.5, in: 0...1)
+    return .selection(try .h2o(budget: budget, recentShare: share, every: interval))
+  }
+}
+
+/// The attention a row has received so far, summed over queries and the heads of its group.
+public struct AccumulatedAttention: Scorer {
+  public init() {}
+
+  public var inputs: RequiredInputs { RequiredInputs(attentionWeights: true) }
+
+  public func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
+    for head in 0..<layer.kvHeads {
+      for row in 0..<layer.rowCount(head: head) {
+        scores[head, row] = layer.accumulatedAttention(head: head, row: row)
+      }
+    }
+  }
+}

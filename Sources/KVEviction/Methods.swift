@@ -1,0 +1,8 @@
+public import KVCore
+
+/// The eviction family: one file a method.
+public enum EvictionMethods {
+  public static let all: [MethodDescription] = [
+    Selection.streamingLLMMethod, Selection.h2oMethod, Selection.snapKVMethod,
+  ]
+}

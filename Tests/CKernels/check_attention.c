@@ -1,0 +1,236 @@
+/* logits and accumulate against sums in double over the decoded rows, with the bound of a dot product:
+ * terms * eps * sum |x| |y|. For affine runs the two parts of a value, code * scale and min, are summed apart by
+ * kernels that fold the scale into the query, so |x| is |code * scale| + |min| there; kernels that hold the folded
+ * query in 24-bit fixed point add 2^-23 of its largest element for every unit of code. */
+#include "check.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const uint32_t dims[] = {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 40, 63, 64, 67, 80, 96, 127, 128, 129, 192, 256};
+static const uint32_t ms[] = {1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 128};
+enum { MAX_M = 128 };
+static const double eps = 0x1p-24;
+
+/* A run with its rows and their sizes in double. */
+typedef struct {
+  ckv_run run;
+  void *data, *scale, *min;
+  double *x, *size, *step; /* value, |code * scale| + |min|, levels * scale: rows x dim */
+} subject;
+
+static void describe(subject *s) {
+  const ckv_run *r = &s->run;
+  size_t n = (size_t)r->rows * r->dim;
+  float *rows = exact(n * 4);
+  s->x = exact(n * sizeof(double));
+  s->size = exact(n * sizeof(double));
+  s->step = exact(n * sizeof(double));
+  ckv_named("portable")->decode(r, 0, r->rows, rows, r->dim);
+  uint32_t groups = r->kind == CKV_AFFINE_ROW ? (r->dim + r->group - 1) / r->group : 0;
+  for (uint32_t i = 0; i < r->rows; i++) {
+    for (uint32_t c = 0; c < r->dim; c++) {
+      size_t at = (size_t)i * r->dim + c;
+      s->x[at] = (double)rows[at];
+      s->size[at] = fabs(s->x[at]);
+      s->step[at] = 0;
+      if (r->kind == CKV_DENSE) continue;
+      size_t meta = groups ? (size_t)i * groups + c / r->group : (size_t)(i / r->group) * r->dim + c;
+      double mn = value_of(r->min, r->dtype, meta), scale = value_of(r->scale, r->dtype, meta);
+      s->size[at] = fabs(s->x[at] - mn) + fabs(mn);
+      s->step[at] = scale * ((1 << r->bits) - 1);
+    }
+  }
+  free(rows);
+}
+
+static void release(subject *s) {
+  free(s->data);
+  free(s->scale);
+  free(s->min);
+  free(s->x);
+  free(s->size);
+  free(s->step);
+}
+
+static float *random_rows(rng *r, uint32_t rows, uint32_t dim, size_t stride) {
+  float *x = exact(((size_t)(rows - 1) * stride + dim) * 4);
+  for (uint32_t i = 0; i < rows; i++)
+    for (uint32_t c = 0; c < dim; c++) x[i * stride + c] = rng_float(r) * (c % 11 == 3 ? 8 : 1) + (c % 7 == 2 ? 3 : 0);
+  return x;
+}
+
+static subject dense(uint32_t dim, uint32_t rows, uint32_t type) {
+  rng r = {dim * 3 + type + 1};
+  size_t stride = dim + dim % 4, n = (rows - 1) * stride + dim;
+  float *x = random_rows(&r, rows, dim, stride);
+  if (type == CKV_F16) x[0] = 65504, x[dim - 1] = -6e-8f; /* the ends of f16 */
+  subject s = {.data = exact(n * size_of(type))};
+  for (uint32_t i = 0; i < rows; i++)
+    ckv_named("portable")->convert((char *)s.data + i * stride * size_of(type), type, x + i * stride, CKV_F32, dim);
+  free(x);
+  s.run = (ckv_run){.kind = CKV_DENSE, .dtype = type, .dim = dim, .rows = rows, .row_stride = (int64_t)stride,
+                    .data = s.data};
+  describe(&s);
+  return s;
+}
+
+static subject affine(uint32_t kind, uint32_t dim, uint32_t rows, uint32_t bits, uint32_t group, uint32_t type) {
+  rng r = {dim * 7 + bits};
+  const ckv_kernels *k = ckv_named("portable");
+  float *x = random_rows(&r, rows, dim, dim);
+  for (uint32_t i = 0; i < rows; i++) x[(size_t)i * dim + dim / 2] = -1.25f; /* a channel without range */
+  size_t meta = kind == CKV_AFFINE_CHANNEL ? (size_t)rows / group * dim : (size_t)rows * ((dim + group - 1) / group);
+  size_t words = kind == CKV_AFFINE_CHANNEL ? (size_t)rows / group * ckv_group_words(group, bits) * dim
+                                            : (size_t)rows * ckv_row_words(dim, bits);
+  subject s = {.data = exact(words * 4), .scale = exact(meta * size_of(type)), .min = exact(meta * size_of(type))};
+  (kind == CKV_AFFINE_CHANNEL ? k->encode_channel : k->encode_row)(x, CKV_F32, dim, rows, dim, group, bits, type,
+                                                                   s.data, s.scale, s.min);
+  free(x);
+  s.run = (ckv_run){.kind = kind, .dtype = type, .bits = bits, .group = group, .dim = dim, .rows = rows,
+                    .data = s.data, .scale = s.scale, .min = s.min};
+  describe(&s);
+  return s;
+}
+
+/* Parts of the rows: all, an odd inner part, a single row, a part that starts inside a group and crosses one. */
+static uint32_t part(uint32_t index, uint32_t rows, uint32_t *first) {
+  *first = index == 0 ? 0 : index == 1 ? 3 : index == 2 ? rows - 1 : 29;
+  return index == 0 ? rows : index == 1 ? rows - 8 : index == 2 ? 1 : 9;
+}
+
+static void check_logits(const ckv_kernels *k, const subject *s) {
+  const ckv_run *run = &s->run;
+  uint32_t dim = run->dim, rows = run->rows;
+  size_t q_stride = dim + dim % 2, ld = rows + 3;
+  rng r = {dim + run->bits};
+  float *q = random_rows(&r, MAX_M, dim, q_stride), *out = exact(MAX_M * ld * 4), *again = exact(MAX_M * ld * 4);
+  double *want = exact((size_t)MAX_M * rows * sizeof(double)), *bound = exact((size_t)MAX_M * rows * sizeof(double));
+  const float scale = 0.37f;
+  for (uint32_t j = 0; j < MAX_M; j++) {
+    for (uint32_t i = 0; i < rows; i++) {
+      double sum = 0, size = 0, largest = 0;
+      for (uint32_t c = 0; c < dim; c++) {
+        double y = (double)q[j * q_stride + c];
+        sum += y * s->x[(size_t)i * dim + c];
+        size += fabs(y) * s->size[(size_t)i * dim + c];
+        largest = fmax(largest, fabs(y) * s->step[(size_t)i * dim + c]);
+      }
+      want[(size_t)j * rows + i] = (double)scale * sum;
+      bound[(size_t)j * rows + i] = (double)scale * ((dim + 8) * eps * size + dim * 0x1p-23 * largest) + 0x1p-120;
+    }
+  }
+  for (size_t mi = 0; mi < sizeof ms / sizeof *ms; mi++) {
+    uint32_t m = ms[mi];
+    float *scratch = exact(ckv_scratch_floats(dim, m) * 4);
+    for (uint32_t index = 0; index < 4; index++) {
+      uint32_t first, count = part(index, rows, &first);
+      memset(again, 0x5a, MAX_M * ld * 4);
+      float *to = index ? again : out;
+      k->logits(run, first, count, q, m, q_stride, scale, to, ld, scratch);
+      if (index) {
+        bool same = true;
+        for (uint32_t j = 0; j < m; j++) same = same && memcmp(again + j * ld, out + j * ld + first, count * 4) == 0;
+        expect(same, "%s logits of a part differ: kind %u type %u bits %u group %u dim %u m %u first %u", k->name,
+               run->kind, run->dtype, run->bits, run->group, dim, m, first);
+        float beyond;
+        memset(&beyond, 0x5a, 4);
+        expect(memcmp(&again[count], &beyond, 4) == 0, "%s logits wrote past the end", k->name);
+        continue;
+      }
+      for (uint32_t j = 0; j < m; j++)
+        for (uint32_t i = 0; i < rows; i++) {
+          double error = fabs((double)out[j * ld + i] - want[(size_t)j * rows + i]);
+          expect(error <= bound[(size_t)j * rows + i],
+                 "%s logits kind %u type %u bits %u group %u dim %u m %u j %u i %u: %g, want %g, bound %g", k->name,
+                 run->kind, run->dtype, run->bits, run->group, dim, m, j, i, (double)out[j * ld + i],
+                 want[(size_t)j * rows + i], bound[(size_t)j * rows + i]);
+        }
+    }
+    free(scratch);
+  }
+  free(q);
+  free(out);
+  free(again);
+  free(want);
+  free(bound);
+}
+
+static void check_accumulate(const ckv_kernels *k, const subject *s) {
+  const ckv_run *run = &s->run;
+  uint32_t dim = run->dim, rows = run->rows;
+  size_t ld = rows + 1, stride = dim + dim % 3;
+  rng r = {dim + 5 * run->bits};
+  float *p = exact(MAX_M * ld * 4), *acc = exact(MAX_M * stride * 4), *again = exact(MAX_M * stride * 4);
+  for (size_t i = 0; i < MAX_M * ld; i++) p[i] = i % 5 == 2 ? 0 : rng_float(&r) * (i % 7 ? 1 : 1e-6f);
+  for (uint32_t index = 0; index < 4; index++) {
+    uint32_t first, count = part(index, rows, &first);
+    double *sum = exact((size_t)MAX_M * dim * sizeof(double)), *size = exact((size_t)MAX_M * dim * sizeof(double));
+    for (uint32_t j = 0; j < MAX_M; j++) {
+      double *a = sum + (size_t)j * dim, *b = size + (size_t)j * dim;
+      for (uint32_t c = 0; c < dim; c++) a[c] = 0.5, b[c] = 0.5;
+      for (uint32_t i = 0; i < count; i++) {
+        double w = (double)p[j * ld + i], magnitude = fabs(w);
+        const double *x = s->x + (size_t)(first + i) * dim, *y = s->size + (size_t)(first + i) * dim;
+        for (uint32_t c = 0; c < dim; c++) {
+          a[c] += w * x[c];
+          b[c] += magnitude * y[c];
+        }
+      }
+    }
+    for (size_t mi = 0; mi < sizeof ms / sizeof *ms; mi++) {
+      uint32_t m = ms[mi];
+      float *scratch = exact(ckv_scratch_floats(dim, m) * 4);
+      for (int turn = 0; turn < 2; turn++) {
+        float *to = turn ? again : acc;
+        for (size_t i = 0; i < MAX_M * stride; i++) to[i] = 0.5f;
+        k->accumulate(run, first, count, p, m, ld, to, stride, scratch);
+        memset(scratch, 0xff, ckv_scratch_floats(dim, m) * 4); /* what scratch held must not matter */
+      }
+      expect(memcmp(acc, again, MAX_M * stride * 4) == 0, "%s accumulate differs from call to call", k->name);
+      for (uint32_t j = 0; j < m; j++)
+        for (uint32_t c = 0; c < dim; c++) {
+          double error = fabs((double)acc[j * stride + c] - sum[(size_t)j * dim + c]);
+          double bound = (count + 8) * eps * size[(size_t)j * dim + c];
+          expect(error <= bound, "%s accumulate kind %u type %u bits %u group %u dim %u m %u j %u c %u: %g, want %g, bound %g",
+                 k->name, run->kind, run->dtype, run->bits, run->group, dim, m, j, c, (double)acc[j * stride + c],
+                 sum[(size_t)j * dim + c], bound);
+        }
+      bool rest = true;
+      for (size_t i = m * stride; i < MAX_M * stride; i++) rest = rest && acc[i] == 0.5f;
+      expect(rest, "%s accumulate wrote past the last row", k->name);
+      free(scratch);
+    }
+    free(sum);
+    free(size);
+  }
+  free(p);
+  free(acc);
+  free(again);
+}
+
+static void check_subject(const ckv_kernels *k, subject s) {
+  check_logits(k, &s);
+  check_accumulate(k, &s);
+  release(&s);
+}
+
+void check_attention(pair p) {
+  static const uint32_t all_bits[] = {2, 3, 4, 8};
+  uint32_t turn = 0;
+  for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+    for (uint32_t type = 0; type < 3; type++) check_subject(p.level, dense(dims[d], 75, type));
+    for (size_t b = 0; b < 4; b++, turn++) {
+      uint32_t group = 32u << turn % 3, bits = all_bits[b];
+      /* A third of the other groups each time: every pair of bits and group comes up at every alignment of dim. */
+      check_subject(p.level, affine(CKV_AFFINE_CHANNEL, dims[d], group == 32 ? 96 : 128, bits, group, turn % 3));
+      check_subject(p.level, affine(CKV_AFFINE_ROW, dims[d], 75, bits, group, (turn + 1) % 3));
+      if (dims[d] >= 64) {
+        check_subject(p.level, affine(CKV_AFFINE_CHANNEL, dims[d], 64, bits, 32, CKV_F16));
+        check_subject(p.level, affine(CKV_AFFINE_ROW, dims[d], 67, bits, 32, CKV_F16));
+        check_subject(p.level, affine(CKV_AFFINE_ROW, dims[d], 41, bits, 20, CKV_F32));
+      }
+    }
+  }
+}

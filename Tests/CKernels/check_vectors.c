@@ -1,0 +1,220 @@
+/* Softmax, exponentials, conversions and plain vector operations. */
+#include "check.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const size_t lengths[] = {0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 67, 127, 128, 129, 255, 300, 1000};
+#define LENGTHS (sizeof lengths / sizeof *lengths)
+static const double eps = 0x1p-24;
+
+static float *random_floats(rng *r, size_t n, float size) {
+  float *x = exact(n * sizeof(float));
+  for (size_t i = 0; i < n; i++) x[i] = size * rng_float(r);
+  return x;
+}
+
+static float *copy_floats(const float *x, size_t n) {
+  float *y = exact(n * sizeof(float));
+  memcpy(y, x, n * sizeof(float));
+  return y;
+}
+
+static void check_softmax(pair p, size_t n, float softcap, bool with_bias, int infinities) {
+  rng r = {n + 1};
+  float *x = random_floats(&r, n, 40), *bias = with_bias ? random_floats(&r, n, 5) : NULL;
+  for (size_t i = 0; i < n; i++)
+    if (infinities == 2 || (infinities == 1 && i % 3 == 1)) {
+      if (bias) bias[i] = -INFINITY;
+      else x[i] = -INFINITY;
+    }
+  bool capped = softcap > 0;
+  double *exact_x = exact(n * sizeof(double)), high = -INFINITY, total = 0, x_error = 0;
+  for (size_t i = 0; i < n; i++) {
+    double v = (double)x[i];
+    if (capped) {
+      v = (double)softcap * tanh(v / (double)softcap);
+      x_error = 8 * eps * (double)softcap; /* a few roundings of values of at most the cap */
+    }
+    if (bias) {
+      v += (double)bias[i];
+      if (!isinf(v)) x_error = fmax(x_error, 8 * eps * (double)softcap + 2 * eps * fabs(v));
+    }
+    exact_x[i] = v;
+    high = fmax(high, v);
+  }
+  float *y = copy_floats(x, n), sum = -1, max = p.level->softmax(y, (uint32_t)n, softcap, bias, &sum);
+  bool all_minus = high == -INFINITY;
+  expect(all_minus ? max == -INFINITY : fabs((double)max - high) <= x_error, "%s softmax max n=%zu", p.level->name, n);
+  for (size_t i = 0; i < n; i++) {
+    double e = all_minus ? 0 : exp(exact_x[i] - high);
+    /* x - max is rounded once; both operands carry x_error; exp itself 1e-6; subnormals may vanish. */
+    double bound = e * (1e-6 + 2 * x_error + eps * fabs(exact_x[i] - high)) + 0x1p-126;
+    expect(e == 0 ? y[i] == 0 : fabs((double)y[i] - e) <= bound, "%s softmax n=%zu i=%zu cap=%g got %g want %g",
+           p.level->name, n, i, (double)softcap, (double)y[i], e);
+    total += (double)y[i];
+  }
+  expect(fabs((double)sum - total) <= (double)n * eps * total, "%s softmax sum n=%zu", p.level->name, n);
+  free(x);
+  free(bias);
+  free(y);
+  free(exact_x);
+}
+
+static void check_exp(pair p) {
+  const size_t n = 20001;
+  float *x = exact(n * sizeof(float)), *y;
+  for (size_t i = 0; i < n; i++) x[i] = -87.0f + (float)i * (175.0f / (float)n);
+  x[0] = -INFINITY;
+  x[1] = -1000;
+  x[2] = 89;
+  y = copy_floats(x, n);
+  p.level->exp_shift(y, n, 0);
+  expect(y[0] == 0 && y[1] == 0 && isinf(y[2]), "%s exp of -inf, -1000, 89", p.level->name);
+  for (size_t i = 3; i < n; i++) {
+    double e = exp((double)x[i]);
+    expect(fabs((double)y[i] - e) <= 1e-6 * e, "%s exp(%g) is %g", p.level->name, (double)x[i], (double)y[i]);
+  }
+  free(x);
+  free(y);
+}
+
+static void check_plain(pair p, size_t n) {
+  rng r = {n + 77};
+  float *x = random_floats(&r, n, 3), *y = random_floats(&r, n, 3), a = rng_float(&r);
+  float *z = copy_floats(y, n);
+  p.level->axpy(z, x, a, n);
+  double dot = 0, size = 0;
+  for (size_t i = 0; i < n; i++) {
+    double want = (double)y[i] + (double)a * (double)x[i], product = (double)x[i] * (double)y[i];
+    expect(fabs((double)z[i] - want) <= 2 * eps * (fabs((double)y[i]) + fabs((double)a * (double)x[i])),
+           "%s axpy n=%zu i=%zu", p.level->name, n, i);
+    dot += product;
+    size += fabs(product);
+  }
+  expect(fabs((double)p.level->dot(x, y, n) - dot) <= (double)(n + 1) * eps * size, "%s dot n=%zu", p.level->name, n);
+  memcpy(z, y, n * sizeof(float));
+  p.level->scale_in_place(z, a, n);
+  for (size_t i = 0; i < n; i++) expect(z[i] == a * y[i], "%s scale n=%zu i=%zu", p.level->name, n, i);
+  free(x);
+  free(y);
+  free(z);
+}
+
+/* The nearest 16-bit value by search in the sorted list of all finite ones; ties to the even pattern. */
+static uint16_t nearest(double x, uint32_t type) {
+  uint16_t sign = signbit(x) ? 0x8000 : 0, top = type == CKV_F16 ? 0x7c00 : 0x7f80, low = 0, high = top;
+  double a = fabs(x);
+  if (isnan(x)) return 0xffff;
+  while (high - low > 1) { /* value(low) <= a < value(high), the infinity standing for the next power of two */
+    uint16_t mid = (uint16_t)((low + high) / 2);
+    if (value_of(&mid, type, 0) <= a) low = mid;
+    else high = mid;
+  }
+  double below = value_of(&low, type, 0), above = high == top ? (type == CKV_F16 ? 65536.0 : 0x1p128) : value_of(&high, type, 0);
+  if (a >= above) return (uint16_t)(sign | high);
+  bool up = a - below > above - a || (a - below == above - a && (low & 1));
+  return (uint16_t)(sign | (up ? high : low));
+}
+
+static void check_convert(pair p) {
+  static uint16_t all[65536], back[65536];
+  static float wide[65536];
+  for (uint32_t i = 0; i < 65536; i++) all[i] = (uint16_t)i;
+  for (uint32_t type = CKV_F16; type <= CKV_BF16; type++) {
+    p.level->convert(wide, CKV_F32, all, type, 65536);
+    p.level->convert(back, type, wide, CKV_F32, 65536);
+    for (size_t i = 0; i < 65536; i++) {
+      double want = value_of(all, type, i);
+      if (isnan(want)) {
+        expect(isnan(wide[i]) && isnan(value_of(back, type, i)), "%s convert NaN %zx type %u", p.level->name, i, type);
+      } else {
+        expect((double)wide[i] == want && back[i] == all[i], "%s convert %zx type %u", p.level->name, i, type);
+      }
+    }
+  }
+  rng r = {5};
+  enum { N = 40007 };
+  static float x[N];
+  static uint16_t h[N];
+  static const float edges[] = {65504, 65519.996f, 65520, 65536, 1e30f, 0x1p-24f, 0x1p-25f, 0x1.8p-24f, 0x1.000002p-25f,
+                                0x1p-14f, 0x1.ffep-15f, 0x1.fffp-15f, 0, INFINITY, NAN, 3.4e38f, 3.3961776e38f, 1e-40f};
+  for (size_t i = 0; i < N; i++) {
+    uint32_t bits = rng_next(&r);
+    if (i % 2) bits = (bits & 0x8fffffffu) | 0x30000000u; /* exponents f16 can hold, mostly */
+    if (i % 4 == 3) bits &= ~0xfffu; /* ties */
+    memcpy(&x[i], &bits, 4);
+    if (i < 2 * sizeof edges / sizeof *edges) x[i] = i % 2 ? -edges[i / 2] : edges[i / 2];
+  }
+  for (uint32_t type = CKV_F16; type <= CKV_BF16; type++) {
+    p.level->convert(h, type, x, CKV_F32, N);
+    for (size_t i = 0; i < N; i++) {
+      bool ok = isnan(x[i]) ? isnan(value_of(h, type, i)) : h[i] == nearest((double)x[i], type);
+      expect(ok, "%s convert %a to type %u gives %x", p.level->name, (double)x[i], type, h[i]);
+    }
+  }
+  for (size_t l = 0; l < LENGTHS; l++) { /* tails and every pair of types */
+    size_t n = lengths[l];
+    for (uint32_t from = 0; from < 3; from++) {
+      for (uint32_t to = 0; to < 3; to++) {
+        void *src = exact(n * size_of(from)), *a = exact(n * size_of(to)), *b = exact(n * size_of(to));
+        p.portable->convert(src, from, x, CKV_F32, n);
+        p.level->convert(a, to, src, from, n);
+        p.portable->convert(b, to, src, from, n);
+        bool same = true;
+        for (size_t i = 0; i < n; i++)
+          same = same && (isnan(value_of(b, to, i)) ? isnan(value_of(a, to, i))
+                                                    : memcmp((char *)a + i * size_of(to), (char *)b + i * size_of(to),
+                                                             size_of(to)) == 0);
+        expect(same, "%s convert %u to %u, n=%zu", p.level->name, from, to, n);
+        free(src);
+        free(a);
+        free(b);
+      }
+    }
+  }
+}
+
+static void check_nonfinite(pair p) {
+  static const float bad[] = {NAN, INFINITY, -INFINITY};
+  for (size_t l = 0; l < LENGTHS; l++) {
+    size_t n = lengths[l];
+    for (uint32_t type = 0; type < 3; type++) {
+      float *x = exact(n * sizeof(float));
+      void *y = exact(n * size_of(type));
+      for (size_t i = 0; i < n; i++) x[i] = i % 2 ? 65504 : -1e-7f;
+      p.portable->convert(y, type, x, CKV_F32, n);
+      expect(p.level->first_nonfinite(y, type, n) == -1, "%s all finite n=%zu", p.level->name, n);
+      for (size_t at = 0; at < n; at += 1 + n / 23) {
+        float kept = x[at], last = x[n - 1];
+        x[n - 1] = INFINITY;
+        x[at] = bad[at % 3];
+        p.portable->convert(y, type, x, CKV_F32, n);
+        expect(p.level->first_nonfinite(y, type, n) == (int64_t)at, "%s nonfinite n=%zu at %zu", p.level->name, n, at);
+        x[n - 1] = last;
+        x[at] = kept;
+      }
+      free(x);
+      free(y);
+    }
+  }
+}
+
+void check_vectors(pair p) {
+  for (size_t l = 0; l < LENGTHS; l++) {
+    check_plain(p, lengths[l]);
+    for (int infinities = 0; infinities < 3; infinities++)
+      for (int variant = 0; variant < 4; variant++)
+        check_softmax(p, lengths[l], variant & 1 ? 30 : 0, variant & 2, infinities);
+  }
+  check_exp(p);
+  check_convert(p);
+  check_nonfinite(p);
+  void *memory = NULL;
+  if (posix_memalign(&memory, 64, 2048) == 0) {
+    memset(memory, 1, 2048);
+    expect(p.level->read_memory(memory, 2048) == p.level->read_memory(memory, 2048), "%s read", p.level->name);
+    free(memory);
+  }
+}
