@@ -47,14 +47,16 @@ let package = Package(
 
     // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
     .target(
-      name: "KVExperiments", dependencies: ["KVCompression"], swiftSettings: settings),
+      name: "KVExperiments", dependencies: ["KVCore"], swiftSettings: settings),
 
     .testTarget(
       name: "KVCoreTests", dependencies: ["KVCore"], swiftSettings: testSettings),
     .testTarget(
-      name: "KVExperimentsTests", dependencies: ["KVExperiments"], swiftSettings: testSettings),
+      name: "KVExperimentsTests", dependencies: ["KVExperiments", "KVCore"], swiftSettings: testSettings),
     .testTarget(
-      name: "KVCompressionTests", dependencies: ["KVCompression", "KVExperiments", "CKVKernels"],
+      name: "KVCompressionTests", dependencies: [
+        "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVExperiments", "CKVKernels",
+      ],
       exclude: ["Goldens"], swiftSettings: testSettings),
   ],
   swiftLanguageModes: [.v6],

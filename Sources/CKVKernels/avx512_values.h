@@ -12,6 +12,7 @@ typedef struct {
   uint32_t vectors;      /* vectors of words a row */
   uint32_t rows_a_vector; /* 1, 2 or 4; more than 1 only with vectors == 1 */
   uint32_t groups;       /* groups of channels */
+  uint32_t words_a_group;
   uint32_t rows_a_meta;  /* rows whose scales fit in one vector */
 } v_layout;
 
@@ -25,6 +26,7 @@ static bool v_layout_of(const ckv_run *run, v_layout *l) {
   l->vectors = (l->words + 15) / 16;
   l->rows_a_vector = l->words == 8 ? 2 : l->words == 4 && bits != 3 ? 4 : 1;
   l->groups = (run->dim + run->group - 1) / run->group;
+  l->words_a_group = run->group / l->per;
   l->rows_a_meta = 16 % l->groups == 0 ? 16 / l->groups : 1;
   /* A word must not straddle groups; otherwise, and with very many groups, rows are decoded first. */
   return run->group % l->per == 0 && l->groups <= 16 && l->rows_a_meta % l->rows_a_vector == 0;
@@ -171,15 +173,17 @@ CKV_INLINE void v_tile_queries(const ckv_run *run, const v_layout *l, const uint
 CKV_INLINE void v_spread(const ckv_run *run, const v_layout *l, const uint32_t per, const float *sums,
                          const float *min_sum, float *acc) {
   float mins[16] = {0}, by_word[16 * 16];
-  for (uint32_t t = 0; t < l->rows_a_meta * l->groups; t++) mins[t % l->groups] += min_sum[t];
-  for (uint32_t w = 0; w < l->words; w++) {
+  for (uint32_t row = 0; row < l->rows_a_meta; row++)
+    for (uint32_t g = 0; g < l->groups; g++) mins[g] += min_sum[row * l->groups + g];
+  for (uint32_t w = 0, g = 0, word_of_group = 0; w < l->words; w++) {
     /* Sixteen words at a time; positions from `per` on are of no interest. */
     if (w % 16 == 0) vf_transpose(sums + (size_t)w * per, 16, by_word, 16);
     uint32_t n = ckv_min_u32(per, run->dim - w * per);
     vf sum = vf_load(by_word + w % 16 * 16);
     for (uint32_t t = 1; t < l->rows_a_vector; t++) sum = sum + vf_load(by_word + (w + t * l->words) * 16);
-    sum = sum + vf_set1(mins[w * per / run->group]);
+    sum = sum + vf_set1(mins[g]);
     vf_store_n(acc + w * per, vf_load_n(acc + w * per, n) + sum, n);
+    if (++word_of_group == l->words_a_group) word_of_group = 0, g++;
   }
 }
 
@@ -190,12 +194,13 @@ CKV_INLINE void v_accumulate_bits(const ckv_run *run, const v_layout *l, const u
   float *sums = scratch, *min_sum = sums + m * stride, *weights = min_sum + (size_t)m * 16;
   uint32_t *meta_lane = (uint32_t *)(weights + (size_t)V_TILE * l->vectors * V_QUERIES * 16), row_lane[16];
   memset(sums, 0, m * (stride + 16) * sizeof(float));
-  const uint32_t sets = l->rows_a_meta / l->rows_a_vector;
-  for (uint32_t i = 0; i < 16 * l->vectors * sets; i++) {
-    uint32_t lane = i % (16 * l->vectors), row = i / (16 * l->vectors) * l->rows_a_vector, word = lane;
-    if (l->rows_a_vector > 1) row += lane / l->words, word = lane % l->words;
-    /* Lanes past the last word have code 0; any group of the row does for them. */
-    meta_lane[i] = row * l->groups + ckv_min_u32(word * l->per / run->group, l->groups - 1);
+  for (uint32_t row = 0, *to = meta_lane; row < l->rows_a_meta; row++) {
+    /* A row's words; when it has vectors of its own, also the lanes past its last word, which have code 0. */
+    uint32_t lanes = l->rows_a_vector > 1 ? l->words : 16 * l->vectors, word_of_group = 0, g = 0;
+    for (uint32_t i = 0; i < lanes; i++) {
+      *to++ = row * l->groups + g;
+      if (++word_of_group == l->words_a_group && g + 1 < l->groups) word_of_group = 0, g++;
+    }
   }
   for (uint32_t i = 0; i < 16; i++) row_lane[i] = i / l->groups;
   for (uint32_t i = 0; i < count; i += V_TILE) {
