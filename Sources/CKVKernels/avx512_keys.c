@@ -25,19 +25,32 @@ enum { BLOCK = 32, QUERIES = 4, PLANES = 3 };
 /* The largest magnitude of three signed digits of base 256, with room for rounding. */
 static const float full_range = 8355000.0f;
 
+/* The query rows of a block folded with the scale and min of one group. */
 typedef struct {
-  int8_t *planes; /* [16 channels][query row][plane][64] */
+  float *products; /* [16 channels][query row][16] */
+  int8_t *planes;  /* [16 channels][query row][plane][64] */
+  vf inverse[QUERIES];
   float factor[QUERIES], bias[QUERIES];
 } folded;
 
-/* Folds scale and min of group g into nq query rows. `products` holds nq rows of padded dim. */
-CKV_INLINE void fold(const ckv_run *run, uint32_t type, uint32_t g, const float *q, const uint32_t nq, size_t q_stride,
-                     float scale, float *products, folded *f) {
-  const uint32_t dim = run->dim, padded = (dim + 15) & ~15u;
-  const __m512i digit = _mm512_set1_epi32(0x808080);
+CKV_INLINE void max4(const vf x[4], float out[4]) {
+  vf ab = vf_max(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  vf cd = vf_max(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  vf low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  vf high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  vf all = vf_max(low, high);
+  __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
+/* First half of folding: the products and what follows from the largest. Apart from the second half because that
+ * waits for reductions and a division, which other work can hide. */
+CKV_INLINE void fold_products(const ckv_run *run, uint32_t type, uint32_t g, const float *q, const uint32_t nq,
+                              size_t q_stride, float scale, folded *f) {
+  const uint32_t dim = run->dim;
   vf bias[QUERIES], high[QUERIES];
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j++) bias[j] = high[j] = vf_zero();
+  for (uint32_t j = 0; j < QUERIES; j++) bias[j] = high[j] = vf_zero();
   for (uint32_t c = 0; c < dim; c += 16) {
     uint32_t n = ckv_min_u32(16, dim - c);
     vf s = vf_load_as_n(ckv_offset(run->scale, type, (size_t)g * dim + c), type, n);
@@ -45,25 +58,31 @@ CKV_INLINE void fold(const ckv_run *run, uint32_t type, uint32_t g, const float 
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
       vf y = vf_load_n(q + j * q_stride + c, n), product = y * s;
-      vf_store(products + j * padded + c, product);
+      vf_store(f->products + c * QUERIES + 16 * j, product);
       bias[j] = vf_fma(y, mn, bias[j]);
       high[j] = vf_max(vf_abs(product), high[j]);
     }
   }
-  vf inverse[QUERIES];
+  float largest[4], sum[4];
+  max4(high, largest);
+  vf_sum4(bias[0], bias[1], bias[2], bias[3], sum);
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
-    float largest = vf_highest(high[j]);
-    bool vanishes = largest < 1e-30f; /* below what its inverse could scale */
-    inverse[j] = vf_set1(vanishes ? 0 : full_range / largest);
-    f->factor[j] = vanishes ? 0 : scale * (largest / full_range);
-    f->bias[j] = scale * vf_sum(bias[j]);
+    bool vanishes = largest[j] < 1e-30f; /* below what its inverse could scale */
+    f->inverse[j] = vf_set1(vanishes ? 0 : full_range / largest[j]);
+    f->factor[j] = vanishes ? 0 : scale * (largest[j] * (1 / full_range));
+    f->bias[j] = scale * sum[j];
   }
+}
+
+/* Second half: the products in fixed point, as planes of bytes. */
+CKV_INLINE void fold_planes(const folded *f, uint32_t dim, const uint32_t nq) {
+  const __m512i digit = _mm512_set1_epi32(0x808080);
   const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12));
   for (uint32_t c = 0; c < dim; c += 16) {
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
-      __m512i v = _mm512_cvtps_epi32(vf_load(products + j * padded + c) * inverse[j]);
+      __m512i v = _mm512_cvtps_epi32(vf_load(f->products + c * QUERIES + 16 * j) * f->inverse[j]);
       v = _mm512_xor_si512(_mm512_add_epi32(v, digit), digit); /* signed digits */
       int8_t *to = f->planes + ((size_t)(c / 16) * QUERIES + j) * PLANES * 64;
       CKV_UNROLL
@@ -128,9 +147,8 @@ CKV_INLINE void block_step(const uint32_t *words, const uint32_t *top, uint32_t 
     CKV_UNROLL
     for (int t = 0; t < PLANES; t++) sum[j][0][t] = sum[j][1][t] = _mm512_setzero_si512();
   for (uint32_t c = 0; c < dim; c += 16) {
-    uint32_t n = ckv_min_u32(16, dim - c);
     __m512i a, b;
-    load_codes(words + c, top + c, dim, n, bits, step, &a, &b);
+    load_codes(words + c, top + c, dim, ckv_min_u32(16, dim - c), bits, step, &a, &b);
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
       const int8_t *from = planes + ((size_t)(c / 16) * QUERIES + j) * PLANES * 64;
@@ -147,6 +165,8 @@ CKV_INLINE void block_step(const uint32_t *words, const uint32_t *top, uint32_t 
     bool two = j + 1 < nq;
     vf x2 = two ? join(sum[j + 1][0]) : vf_zero(), x3 = two ? join(sum[j + 1][1]) : vf_zero();
     vf y = add_lanes(join(sum[j][0]), join(sum[j][1]), x2, x3);
+    /* Here and now: put off until all steps are done, this would need the sums of all of them in registers. */
+    __asm__ volatile("" : "+v"(y));
     _mm256_storeu_ps(sums[j][step], _mm512_castps512_ps256(y));
     if (two) _mm256_storeu_ps(sums[j + 1][step], _mm512_extractf32x8_ps(y, 1));
   }
@@ -194,45 +214,56 @@ CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g
   }
 }
 
-/* Rows [begin, end) of group g. */
-CKV_INLINE void group_logits(const ckv_run *run, const uint32_t bits, uint32_t g, uint32_t begin, uint32_t end,
-                             const float *q, const uint32_t nq, size_t q_stride, float scale, float *out, size_t ld,
-                             float *scratch) {
-  folded f = {.planes = (int8_t *)scratch};
-  float *products = scratch + (size_t)((run->dim + 15) / 16) * QUERIES * PLANES * 16;
-  if (run->dtype == CKV_F16) fold(run, CKV_F16, g, q, nq, q_stride, scale, products, &f);
-  else fold(run, run->dtype, g, q, nq, q_stride, scale, products, &f);
-  for (uint32_t row = begin; row < end;) {
-    uint32_t block = row / BLOCK, stop = ckv_min_u32(end, (block + 1) * BLOCK);
-    block_logits(run, bits, g, block, row % BLOCK, stop - block * BLOCK, &f, nq, out + (row - begin), ld);
-    row = stop;
+/* Rows [first, first + count) for nq query rows. While the blocks of one group run, the next is half folded. */
+CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, uint32_t first, uint32_t count, const float *q,
+                               const uint32_t nq, size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
+  const uint32_t padded = (run->dim + 15) & ~15u, end = first + count;
+  folded f[2];
+  f[0].products = scratch;
+  f[1].products = scratch + (size_t)padded * QUERIES;
+  f[0].planes = f[1].planes = (int8_t *)(scratch + (size_t)2 * padded * QUERIES);
+  uint32_t g = first / run->group, turn = 0;
+  fold_products(run, run->dtype, g, q, nq, q_stride, scale, &f[0]);
+  for (uint32_t row = first; row < end; g++, turn ^= 1) {
+    uint32_t stop = ckv_min_u32(end, (g + 1) * run->group);
+    fold_planes(&f[turn], run->dim, nq);
+    if (stop < end) fold_products(run, run->dtype, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
+    while (row < stop) {
+      uint32_t in_group = row - g * run->group, block = in_group / BLOCK, begin = in_group % BLOCK;
+      uint32_t n = ckv_min_u32(stop - row, BLOCK - begin);
+      block_logits(run, bits, g, block, begin, begin + n, &f[turn], nq, out + (row - first), ld);
+      row += n;
+    }
   }
 }
 
-CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, uint32_t first, uint32_t count, const float *q,
-                               uint32_t m, size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
-  for (uint32_t row = first; row < first + count;) {
-    uint32_t g = row / run->group, begin = row % run->group;
-    uint32_t n = ckv_min_u32(first + count - row, run->group - begin);
-    float *to = out + (row - first);
+/* All m query rows, four, two and one at a time, over parts of the rows that stay in the cache meanwhile. */
+CKV_INLINE void channel_logits_all(const ckv_run *run, const uint32_t bits, uint32_t first, uint32_t count,
+                                   const float *q, uint32_t m, size_t q_stride, float scale, float *out, size_t ld,
+                                   float *scratch) {
+  const uint32_t part = m <= QUERIES ? count : 256;
+  for (uint32_t i = 0, n; i < count; i += n) {
+    n = ckv_min_u32(part, count - i);
     for (uint32_t j = 0, nq; j < m; j += nq) {
       const float *y = q + j * q_stride;
+      float *to = out + j * ld + i;
       nq = m - j >= 4 ? 4 : m - j >= 2 ? 2 : 1;
-      if (nq == 4) group_logits(run, bits, g, begin, begin + n, y, 4, q_stride, scale, to + j * ld, ld, scratch);
-      else if (nq == 2) group_logits(run, bits, g, begin, begin + n, y, 2, q_stride, scale, to + j * ld, ld, scratch);
-      else group_logits(run, bits, g, begin, begin + n, y, 1, q_stride, scale, to + j * ld, ld, scratch);
+      if (nq == 4) channel_logits(run, bits, first + i, n, y, 4, q_stride, scale, to, ld, scratch);
+      else if (nq == 2) channel_logits(run, bits, first + i, n, y, 2, q_stride, scale, to, ld, scratch);
+      else channel_logits(run, bits, first + i, n, y, 1, q_stride, scale, to, ld, scratch);
     }
-    row += n;
   }
 }
 
 void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch) {
-  if (run->kind != CKV_AFFINE_CHANNEL) ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 2) channel_logits(run, 2, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 3) channel_logits(run, 3, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 4) channel_logits(run, 4, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else channel_logits(run, 8, first, count, q, m, q_stride, scale, out, ld, scratch);
+  if (run->kind != CKV_AFFINE_CHANNEL || m >= CKV_MANY_QUERIES)
+    ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else if (count == 0 || m == 0) return;
+  else if (run->bits == 2) channel_logits_all(run, 2, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else if (run->bits == 3) channel_logits_all(run, 3, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else if (run->bits == 4) channel_logits_all(run, 4, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else channel_logits_all(run, 8, first, count, q, m, q_stride, scale, out, ld, scratch);
 }
 
 #pragma clang attribute pop

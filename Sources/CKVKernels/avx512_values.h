@@ -1,8 +1,9 @@
 /* accumulate over CKV_AFFINE_ROW for a few query rows, part of avx512.c.
  *
- * A vector holds the code words of a row (of two or four rows when they are short); its lanes are words, and shifting
- * all lanes by k codes gives channel word * (32/bits) + k in every lane. So accumulators are kept by (k, word), and
- * put in the order of channels once a call. The scale goes into the weight, the min into one sum for every group. */
+ * A vector holds the code words of a row (of two or four rows when they are short); its lanes are words, and code k
+ * of all lanes belongs to channel word * (32/bits) + k. So accumulators are kept by (k, word), and put in the order
+ * of channels once a call. The scale goes into the weight, the min into one sum for every group. Codes are masked but
+ * not shifted down: converted where they stand they are larger by a power of two, which is taken out at the end. */
 
 /* How codes, weights and metadata of a run lie in vectors. */
 typedef struct {
@@ -16,7 +17,10 @@ typedef struct {
   uint32_t rows_a_meta;  /* rows whose scales fit in one vector */
 } v_layout;
 
-enum { V_TILE = 32 };
+enum { V_TILE = 64 };
+
+/* Bits below code k where it stands. The high words of bits = 3 are brought down first, to leave room for a bit. */
+CKV_INLINE uint32_t v_below(uint32_t bits, uint32_t k) { return bits == 3 ? k % 8 * 2 : k * bits; }
 
 static bool v_layout_of(const ckv_run *run, v_layout *l) {
   uint32_t bits = run->bits;
@@ -94,27 +98,23 @@ CKV_INLINE __m512i v_high_plane(const v_layout *l, const bool paired, const uint
 CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t k, uint32_t v,
                             const uint32_t *row, uint32_t sets, __mmask16 mask, const uint32_t nq,
                             const float *weight, vf sum[V_QUERIES][4]) {
-  const uint32_t plane = bits == 3 ? 2 : bits;
   const size_t row_step = (size_t)l->rows_a_vector * l->row_words, weight_step = (size_t)l->vectors * V_QUERIES * 16;
-  const vf table = bits == 2   ? _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3)
-                   : bits == 3 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7)
-                               : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const uint32_t low = bits == 3 ? 3 : (1u << bits) - 1;
   for (; sets; sets--, row += row_step, weight += weight_step) {
     __builtin_prefetch((const char *)(row + 16 * v) + 1024);
     __m512i w = v_words(l, bits, paired, row, mask, v), high = bits == 3 ? v_high_plane(l, paired, row, mask, v) : w;
+    if (bits == 3 && k >= 8) w = _mm512_srli_epi32(w, 16);
     vf x[4];
     CKV_UNROLL
     for (uint32_t t = 0; t < 4; t++) {
-      __m512i code = _mm512_srli_epi32(w, (k + t) * plane);
-      if (bits == 8) {
-        x[t] = _mm512_cvtepi32_ps(k + t == 3 ? code : _mm512_and_si512(code, _mm512_set1_epi32(255)));
-        continue;
+      const uint32_t below = v_below(bits, k + t);
+      __m512i code = _mm512_and_si512(w, vi_set1(low << below));
+      if (bits == 3) { /* bit k + t of the high plane, put above the other two */
+        const int up = (int)(below + 2) - (int)(k + t);
+        __m512i third = up >= 0 ? _mm512_slli_epi32(high, up) : _mm512_srli_epi32(high, -up);
+        code = _mm512_ternarylogic_epi32(code, third, vi_set1(4u << below), 0xf8); /* code | (third & mask) */
       }
-      if (bits == 3) { /* bit k + t of the high plane to bit 2; the table looks at the low three bits */
-        __m512i third = k + t < 2 ? _mm512_slli_epi32(high, 2 - (k + t)) : _mm512_srli_epi32(high, k + t - 2);
-        code = _mm512_ternarylogic_epi32(code, third, _mm512_set1_epi32(4), 0xd8); /* third where 4, else code */
-      }
-      x[t] = _mm512_permutexvar_ps(code, table); /* the index is the low four bits */
+      x[t] = _mm512_cvtepu32_ps(code);
     }
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
@@ -172,7 +172,9 @@ CKV_INLINE void v_tile_queries(const ckv_run *run, const v_layout *l, const uint
 /* acc[c] += the sums of channel c, which lie in one lane for every row of a set, plus its group's min. */
 CKV_INLINE void v_spread(const ckv_run *run, const v_layout *l, const uint32_t per, const float *sums,
                          const float *min_sum, float *acc) {
-  float mins[16] = {0}, by_word[16 * 16];
+  float mins[16] = {0}, by_word[16 * 16], powers[16];
+  for (uint32_t k = 0; k < 16; k++) powers[k] = k < per ? ckv_float_of((127 - v_below(run->bits, k)) << 23) : 0;
+  const vf down = vf_load(powers);
   for (uint32_t row = 0; row < l->rows_a_meta; row++)
     for (uint32_t g = 0; g < l->groups; g++) mins[g] += min_sum[row * l->groups + g];
   for (uint32_t w = 0, g = 0, word_of_group = 0; w < l->words; w++) {
@@ -181,7 +183,7 @@ CKV_INLINE void v_spread(const ckv_run *run, const v_layout *l, const uint32_t p
     uint32_t n = ckv_min_u32(per, run->dim - w * per);
     vf sum = vf_load(by_word + w % 16 * 16);
     for (uint32_t t = 1; t < l->rows_a_vector; t++) sum = sum + vf_load(by_word + (w + t * l->words) * 16);
-    sum = sum + vf_set1(mins[g]);
+    sum = vf_fma(sum, down, vf_set1(mins[g]));
     vf_store_n(acc + w * per, vf_load_n(acc + w * per, n) + sum, n);
     if (++word_of_group == l->words_a_group) word_of_group = 0, g++;
   }
@@ -221,7 +223,7 @@ CKV_INLINE void v_accumulate_bits(const ckv_run *run, const v_layout *l, const u
 static bool v_accumulate_affine(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m,
                                 size_t ld, float *acc, size_t acc_stride, float *scratch) {
   v_layout l;
-  if (run->kind != CKV_AFFINE_ROW || m >= 12 || !v_layout_of(run, &l)) return false;
+  if (run->kind != CKV_AFFINE_ROW || m >= CKV_MANY_QUERIES || !v_layout_of(run, &l)) return false;
   if (run->bits == 2) v_accumulate_bits(run, &l, 2, first, count, p, m, ld, acc, acc_stride, scratch);
   else if (run->bits == 3) v_accumulate_bits(run, &l, 3, first, count, p, m, ld, acc, acc_stride, scratch);
   else if (run->bits == 4) v_accumulate_bits(run, &l, 4, first, count, p, m, ld, acc, acc_stride, scratch);

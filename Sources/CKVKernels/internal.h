@@ -20,6 +20,9 @@
 /* Adding and subtracting this rounds 0 <= x < 2^22 to the nearest integer, ties to even. */
 #define CKV_ROUND_MAGIC 12582912.0f
 
+/* From how many query rows on the vector levels convert rows to a tile of f32 first. */
+#define CKV_MANY_QUERIES 12u
+
 /* Rows the levels decode at a time when they work from an f32 tile. */
 #define CKV_TILE_ROWS 32u
 

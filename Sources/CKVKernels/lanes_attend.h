@@ -220,13 +220,10 @@ static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, cons
 
 /* ---- the table's entries ------------------------------------------------------------------------------------------ */
 
-/* From how many query rows on a transposed tile pays. */
-#define V_MANY 12
-
 static void logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                    float scale, float *out, size_t ld, float *scratch) {
   if (count == 0 || m == 0) return;
-  if (m >= V_MANY) {
+  if (m >= CKV_MANY_QUERIES) {
     logits_many(run, first, count, q, m, q_stride, scale, out, ld, scratch);
     return;
   }
@@ -253,7 +250,7 @@ static void accumulate(const ckv_run *run, uint32_t first, uint32_t count, const
                        float *acc, size_t acc_stride, float *scratch) {
   if (count == 0 || m == 0) return;
   uint32_t type = run->dtype, dim = run->dim;
-  if (run->kind == CKV_DENSE && (type == CKV_F32 || m < V_MANY)) {
+  if (run->kind == CKV_DENSE && (type == CKV_F32 || m < CKV_MANY_QUERIES)) {
     ptrdiff_t row_bytes = (ptrdiff_t)(run->row_stride * (int64_t)ckv_size_of(type));
     const char *base = (const char *)run->data + (ptrdiff_t)first * row_bytes;
     if (type == CKV_F32) v_accumulate_dense(base, row_bytes, CKV_F32, dim, count, p, m, ld, acc, acc_stride);

@@ -76,6 +76,23 @@ struct QueryWindow {
       byteCount: shape.queryHeads * capacity * shape.keyDim * 4, hostVisible: true)
   }
 
+  /// A window from a saved cache: `rows` as `newest(count)` gave them.
+  init(
+    restoring rows: [Float], captured: Int, capacity: Int, shape: LayerShape, backend: any ComputeBackend
+  ) throws(KVError) {
+    try self.init(capacity: capacity, shape: shape, backend: backend)
+    self.captured = captured
+    precondition(rows.count == queryHeads * count * keyDim, "\(rows.count) channels of \(count) captured queries")
+    let base = buffer.base.assumingMemoryBound(to: Float.self)
+    for head in 0..<queryHeads {
+      for i in 0..<count {
+        let slot = (captured - count + i) % capacity
+        let target = base + (head * capacity + slot) * keyDim
+        for c in 0..<keyDim { target[c] = rows[(head * count + i) * keyDim + c] }
+      }
+    }
+  }
+
   var count: Int { min(captured, capacity) }
 
   /// Takes in the newest queries of a view. Forks share the ring until one of them writes.

@@ -59,6 +59,9 @@ package protocol Segment: AnyObject {
   func absorb(from other: any Segment, slots: [[Int]]) throws(KVError)
   /// The slices of single slots, for `absorb`.
   func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice])
+
+  /// Writes every head, dead slots included, so that `SegmentFactory.decodeSegment` makes the same segment again.
+  func encode(to writer: inout ByteWriter)
 }
 
 /// Makes the segments of one tier. The representation of a `Store`.
@@ -68,4 +71,10 @@ package protocol SegmentFactory: Sendable {
   func validate(layer: LayerShape) throws(KVError)
   /// The most bytes one KV head needs for this many rows, positions included.
   func bytes(rows: Int, layer: LayerShape) -> Int
+  /// A segment from what `Segment.encode` wrote: nothing in the bytes is trusted, every position is below `tokensSeen`.
+  ///
+  /// - Throws: `corruptFile`, `outOfMemory`.
+  func decodeSegment(
+    from reader: inout ByteReader, layer: LayerShape, tokensSeen: Int, backend: any ComputeBackend
+  ) throws(KVError) -> any Segment
 }
