@@ -25,7 +25,10 @@ let package = Package(
       providers: [.apt(["libopenblas-dev", "liblapacke-dev"])]),
 
     // The core knows no family and no backend.
-    .target(name: "KVCore", swiftSettings: settings),
+    .target(
+      name: "KVCore",
+      // Debug builds, and so the tests, check the invariants of every segment after every change.
+      swiftSettings: settings + [.define("KV_INTERNAL_CHECKS", .when(configuration: .debug))]),
     .target(
       name: "KVBackendCPU",
       dependencies: [
@@ -53,8 +56,10 @@ let package = Package(
       name: "KVCoreTests", dependencies: ["KVCore"], swiftSettings: testSettings),
     .testTarget(
       name: "KVExperimentsTests", dependencies: ["KVExperiments", "KVCore"], swiftSettings: testSettings),
+    .target(name: "CAllocationCounter", path: "Tests/CAllocationCounter"),
     .testTarget(
       name: "KVCompressionTests", dependencies: [
+        "CAllocationCounter",
         "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVExperiments", "CKVKernels",
       ],
       exclude: ["Goldens"], swiftSettings: testSettings),

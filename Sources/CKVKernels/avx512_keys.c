@@ -5,8 +5,9 @@
  * the sums of bytes times codes are exact integers. So the error is that of rounding the folded query once, half of
  * 2^-23 of its largest element for every unit of code, about what f32 sums of the same products have.
  *
- * A block is 32 rows. The words of 16 channels are transposed byte-wise within 128 bits, which puts four channels of
- * one row next to each other, four rows to 128 bits; vpdpbusd adds up the four channels. */
+ * A block is 32 rows, taken 16 at a time: codes are rearranged so that a vector holds four channels (a quad) of 16
+ * rows, and vpdpbusd multiplies them by the same four bytes of the folded query and adds them up. A sum of a lane is
+ * the sum of a row: nothing is left to add horizontally. */
 #if defined(__x86_64__)
 #include "internal.h"
 
@@ -19,7 +20,6 @@
 
 #include "lanes_coding.h"
 
-/* The folded query as bytes lies in 64-byte vectors: for 16 channels, three of them a query row. */
 enum { BLOCK = 32, QUERIES = 4, PLANES = 3 };
 
 /* The largest magnitude of three signed digits of base 256, with room for rounding. */
@@ -28,10 +28,16 @@ static const float full_range = 8355000.0f;
 /* The query rows of a block folded with the scale and min of one group. */
 typedef struct {
   float *products; /* [16 channels][query row][16] */
-  int8_t *planes;  /* [16 channels][query row][plane][64] */
+  int32_t *digits; /* [16 channels][query row][quad][plane, one unused] */
   vf inverse[QUERIES];
   float factor[QUERIES], bias[QUERIES];
 } folded;
+
+/* Within 128 bits: byte k of dword d goes to byte d of dword k. */
+CKV_INLINE __m512i transpose_bytes(__m512i x) {
+  return _mm512_shuffle_epi8(
+      x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+}
 
 CKV_INLINE void max4(const vf x[4], float out[4]) {
   vf ab = vf_max(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
@@ -75,110 +81,112 @@ CKV_INLINE void fold_products(const ckv_run *run, uint32_t type, uint32_t g, con
   }
 }
 
-/* Second half: the products in fixed point, as planes of bytes. */
-CKV_INLINE void fold_planes(const folded *f, uint32_t dim, const uint32_t nq) {
-  const __m512i digit = _mm512_set1_epi32(0x808080);
-  const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12));
+/* Second half: the products in fixed point, as signed digits. */
+CKV_INLINE void fold_digits(const folded *f, uint32_t dim, const uint32_t nq) {
+  const __m512i half = _mm512_set1_epi32(0x808080);
   for (uint32_t c = 0; c < dim; c += 16) {
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
       __m512i v = _mm512_cvtps_epi32(vf_load(f->products + c * QUERIES + 16 * j) * f->inverse[j]);
-      v = _mm512_xor_si512(_mm512_add_epi32(v, digit), digit); /* signed digits */
-      int8_t *to = f->planes + ((size_t)(c / 16) * QUERIES + j) * PLANES * 64;
-      CKV_UNROLL
-      for (int t = 0; t < PLANES; t++)
-        _mm512_storeu_si512(to + 64 * t, _mm512_shuffle_epi8(v, _mm512_add_epi8(spread, _mm512_set1_epi8((char)t))));
+      v = _mm512_xor_si512(_mm512_add_epi32(v, half), half); /* bytes from -128 to 127 */
+      _mm512_storeu_si512(f->digits + c * QUERIES + 16 * j, transpose_bytes(v));
     }
   }
 }
 
-/* Two vectors of codes, bytes: 4 rows x 4 channels in each 128 bits, of step `step` = 0 ..< 4 of a block of 32 rows.
- * `words` is the block's first word row, `top` that of its high plane, both at the first of n <= 16 channels. */
-CKV_INLINE void load_codes(const uint32_t *words, const uint32_t *top, uint32_t dim, uint32_t n, const uint32_t bits,
-                           const uint32_t step, __m512i *a, __m512i *b) {
-  const __m512i transpose =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  if (bits == 8) {
-    *a = _mm512_shuffle_epi8(vi_load_n(words + (size_t)(2 * step) * dim, n), transpose);
-    *b = _mm512_shuffle_epi8(vi_load_n(words + (size_t)(2 * step + 1) * dim, n), transpose);
+/* to[i], lane k = from[k], lane i, of 128 bits. */
+CKV_INLINE void transpose_lanes(const __m512i from[4], __m512i to[4]) {
+  __m512i a = _mm512_shuffle_i32x4(from[0], from[1], 0x44), b = _mm512_shuffle_i32x4(from[0], from[1], 0xee);
+  __m512i c = _mm512_shuffle_i32x4(from[2], from[3], 0x44), d = _mm512_shuffle_i32x4(from[2], from[3], 0xee);
+  to[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  to[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  to[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+  to[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+/* The codes of 16 rows of a block and n <= 16 channels: quads[i] holds channels 4i ..< 4i+4. `words` is the first word
+ * row of the block, `top` that of its high plane. Rows: for 8 bits lane * 4 + dword of rows 16 * half ..< +16, for 2
+ * and 3 bits dword * 4 + lane of the same. For 4 bits the bytes of all 32 rows: lane * 8 + dword * 2 is the row of
+ * the low nibble. Codes of 2 bits stay where they are in their bytes, in lane k larger by 4^k. */
+CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t dim, uint32_t n, const uint32_t bits,
+                           const uint32_t half, __m512i quads[4]) {
+  __m512i x[4];
+  if (bits >= 4) {
+    const uint32_t first = bits == 8 ? 4 * half : 0;
+    CKV_UNROLL
+    for (uint32_t w = 0; w < 4; w++) x[w] = transpose_bytes(vi_load_n(words + (size_t)(first + w) * dim, n));
+    transpose_lanes(x, quads);
     return;
   }
-  if (bits == 4) {
-    __m512i x = _mm512_shuffle_epi8(vi_load_n(words + (size_t)step * dim, n), transpose), low = _mm512_set1_epi8(15);
-    *a = _mm512_and_si512(x, low);
-    *b = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
-    return;
+  __m512i low = transpose_bytes(vi_load_n(words + (size_t)half * dim, n)), high = low;
+  if (bits == 3) {
+    /* Byte d of the low word is rows 16 * half + 4d ..< +4: a nibble of byte 2 * half + d / 2 of the high word. */
+    const __m512i bytes = _mm512_add_epi8(
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 0, 4, 8, 12, 1, 5, 9, 13, 1, 5, 9, 13)),
+        _mm512_set1_epi8((char)(2 * half)));
+    const __m512i nibble = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 4, 0, 4));
+    high = _mm512_srlv_epi32(_mm512_shuffle_epi8(vi_load_n(top, n), bytes), nibble);
   }
-  const uint32_t half = step / 2, shift = step % 2 * 4;
-  __m512i x = _mm512_shuffle_epi8(vi_load_n(words + (size_t)half * dim, n), transpose), low = _mm512_set1_epi8(3);
-  *a = _mm512_and_si512(_mm512_srli_epi16(x, shift), low);
-  *b = _mm512_and_si512(_mm512_srli_epi16(x, shift + 2), low);
-  if (bits == 2) return;
-  /* Byte d of the low word is rows 16*half + 4d ..< +4: a nibble of byte 2*half + d/2 of the high word. */
-  const __m512i high_bytes = _mm512_add_epi8(
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 0, 4, 8, 12, 1, 5, 9, 13, 1, 5, 9, 13)),
-      _mm512_set1_epi8((char)(2 * half)));
-  const __m512i nibble = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 4, 0, 4)), third = _mm512_set1_epi8(4);
-  __m512i h = _mm512_srlv_epi32(_mm512_shuffle_epi8(vi_load_n(top, n), high_bytes), nibble);
-  __m512i ha = step % 2 ? h : _mm512_slli_epi32(h, 2), hb = step % 2 ? _mm512_srli_epi32(h, 1) : _mm512_slli_epi32(h, 1);
-  *a = _mm512_or_si512(*a, _mm512_and_si512(ha, third));
-  *b = _mm512_or_si512(*b, _mm512_and_si512(hb, third));
-}
-
-/* The sum of three planes of dot products. */
-CKV_INLINE vf join(const __m512i *sum) {
-  vf high = vf_fma(_mm512_cvtepi32_ps(sum[2]), vf_set1(65536), _mm512_cvtepi32_ps(sum[0]));
-  return vf_fma(_mm512_cvtepi32_ps(sum[1]), vf_set1(256), high);
-}
-
-/* The four 128-bit lanes of each of four vectors added up: lane k of the result belongs to vector k. */
-CKV_INLINE vf add_lanes(vf x0, vf x1, vf x2, vf x3) {
-  vf u = _mm512_shuffle_f32x4(x0, x1, 0x44) + _mm512_shuffle_f32x4(x0, x1, 0xee);
-  vf v = _mm512_shuffle_f32x4(x2, x3, 0x44) + _mm512_shuffle_f32x4(x2, x3, 0xee);
-  return _mm512_shuffle_f32x4(u, v, 0x88) + _mm512_shuffle_f32x4(u, v, 0xdd);
-}
-
-/* One step: eight rows. sums[j][step] = rows of a, rows of b. */
-CKV_INLINE void block_step(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t bits,
-                           const uint32_t step, const int8_t *planes, const uint32_t nq, float sums[QUERIES][4][8]) {
-  __m512i sum[QUERIES][2][PLANES];
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j++)
+  for (uint32_t k = 0; k < 4; k++) {
+    if (bits == 2) {
+      x[k] = _mm512_and_si512(low, _mm512_set1_epi8((char)(3 << 2 * k)));
+      continue;
+    }
+    x[k] = _mm512_and_si512(_mm512_srli_epi16(low, 2 * k), _mm512_set1_epi8(3));
+    __m512i third = k < 2 ? _mm512_slli_epi16(high, 2 - k) : _mm512_srli_epi16(high, k - 2);
+    x[k] = _mm512_ternarylogic_epi32(x[k], third, _mm512_set1_epi8(4), 0xf8); /* x | (third & 4) */
+  }
+  transpose_lanes(x, quads);
+}
+
+/* The sums of rows: out[half][j]. The halves are taken from a pair of nibbles for 4 bits, otherwise it is one half. */
+CKV_INLINE void half_blocks(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t bits,
+                            const uint32_t half, const uint32_t halves, const int32_t *digits, const uint32_t nq,
+                            vf out[2][QUERIES]) {
+  /* With few query rows each sum is split, for the instructions not to wait for each other. */
+  const uint32_t split = nq == 1 ? 4 : nq == 2 ? 2 : 1;
+  __m512i sum[2][QUERIES][PLANES][4];
+  CKV_UNROLL
+  for (uint32_t h = half; h < half + halves; h++)
     CKV_UNROLL
-    for (int t = 0; t < PLANES; t++) sum[j][0][t] = sum[j][1][t] = _mm512_setzero_si512();
-  for (uint32_t c = 0; c < dim; c += 16) {
-    __m512i a, b;
-    load_codes(words + c, top + c, dim, ckv_min_u32(16, dim - c), bits, step, &a, &b);
-    CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++) {
-      const int8_t *from = planes + ((size_t)(c / 16) * QUERIES + j) * PLANES * 64;
+    for (uint32_t j = 0; j < nq; j++)
       CKV_UNROLL
-      for (int t = 0; t < PLANES; t++) {
-        __m512i y = _mm512_loadu_si512(from + 64 * t);
-        sum[j][0][t] = _mm512_dpbusd_epi32(sum[j][0][t], a, y);
-        sum[j][1][t] = _mm512_dpbusd_epi32(sum[j][1][t], b, y);
+      for (uint32_t i = 0; i < PLANES * 4; i++) sum[h][j][i / 4][i % 4] = _mm512_setzero_si512();
+  for (uint32_t c = 0; c < dim; c += 16) {
+    __m512i quads[4];
+    load_quads(words + c, top + c, dim, ckv_min_u32(16, dim - c), bits, half, quads);
+    CKV_UNROLL
+    for (uint32_t i = 0; i < 4; i++) {
+      __m512i x[2] = {quads[i], quads[i]};
+      if (bits == 4) {
+        x[0] = _mm512_and_si512(x[0], _mm512_set1_epi8(0x0f));
+        x[1] = _mm512_and_si512(x[1], _mm512_set1_epi8((char)0xf0));
+      }
+      CKV_UNROLL
+      for (uint32_t t = 0; t < nq * PLANES; t++) {
+        __m512i y = _mm512_set1_epi32(digits[c * QUERIES + t / PLANES * 16 + 4 * i + t % PLANES]);
+        CKV_UNROLL
+        for (uint32_t h = half; h < half + halves; h++) {
+          __m512i *to = &sum[h][t / PLANES][t % PLANES][i % split];
+          *to = _mm512_dpbusd_epi32(*to, x[h], y);
+        }
       }
     }
   }
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j += 2) {
-    bool two = j + 1 < nq;
-    vf x2 = two ? join(sum[j + 1][0]) : vf_zero(), x3 = two ? join(sum[j + 1][1]) : vf_zero();
-    vf y = add_lanes(join(sum[j][0]), join(sum[j][1]), x2, x3);
-    /* Here and now: put off until all steps are done, this would need the sums of all of them in registers. */
-    __asm__ volatile("" : "+v"(y));
-    _mm256_storeu_ps(sums[j][step], _mm512_castps512_ps256(y));
-    if (two) _mm256_storeu_ps(sums[j + 1][step], _mm512_extractf32x8_ps(y, 1));
-  }
+  for (uint32_t h = half; h < half + halves; h++)
+    CKV_UNROLL
+    for (uint32_t j = 0; j < nq; j++) {
+      __m512i(*s)[4] = sum[h][j];
+      CKV_UNROLL
+      for (uint32_t i = 1; i < split; i++)
+        CKV_UNROLL
+        for (uint32_t t = 0; t < PLANES; t++) s[t][0] = _mm512_add_epi32(s[t][0], s[t][i]);
+      vf rest = vf_fma(_mm512_cvtepi32_ps(s[1][0]), vf_set1(256), _mm512_cvtepi32_ps(s[0][0]));
+      out[h][j] = vf_fma(_mm512_cvtepi32_ps(s[2][0]), vf_set1(65536), rest);
+    }
 }
-
-/* Where row i of a block lies in sums[j]. */
-static const int32_t order8[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-static const int32_t order4[32] = {0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
-                                   16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31};
-static const int32_t order2[32] = {0,  4,  8,  12, 1,  5,  9,  13, 2,  6,  10, 14, 3,  7,  11, 15,
-                                   16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31};
 
 /* Rows [begin, end) of block `block` of group g to out, whose first element is row `begin`. */
 CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g, uint32_t block, uint32_t begin,
@@ -190,18 +198,29 @@ CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g
   } else {
     words += (size_t)block * bits * dim;
   }
-  float sums[QUERIES][4][8];
-  block_step(words, top, dim, bits, 0, f->planes, nq, sums);
-  block_step(words, top, dim, bits, 1, f->planes, nq, sums);
-  block_step(words, top, dim, bits, 2, f->planes, nq, sums);
-  block_step(words, top, dim, bits, 3, f->planes, nq, sums);
-  const int32_t *order = bits == 8 ? order8 : bits == 4 ? order4 : order2;
-  __m512i first = _mm512_loadu_si512(order), second = _mm512_loadu_si512(order + 16);
+  vf sums[2][QUERIES];
+  if (bits == 4) {
+    half_blocks(words, top, dim, bits, 0, 2, f->digits, nq, sums);
+  } else {
+    half_blocks(words, top, dim, bits, 0, 1, f->digits, nq, sums);
+    half_blocks(words, top, dim, bits, 1, 1, f->digits, nq, sums);
+  }
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
-    vf x = vf_load(sums[j][0]), y = vf_load(sums[j][2]), factor = vf_set1(f->factor[j]), bias = vf_set1(f->bias[j]);
-    vf low = vf_fma(_mm512_permutex2var_ps(x, first, y), factor, bias);
-    vf high = vf_fma(_mm512_permutex2var_ps(x, second, y), factor, bias);
+    vf low = sums[0][j], high = sums[1][j], factor = vf_set1(f->factor[j]), bias = vf_set1(f->bias[j]);
+    if (bits == 4) { /* even and odd rows; the odd ones' codes were in the high nibble */
+      const __m512i zip = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      vf odd = high * vf_set1(0x1p-4f);
+      high = _mm512_permutex2var_ps(low, _mm512_add_epi32(zip, _mm512_set1_epi32(8)), odd);
+      low = _mm512_permutex2var_ps(low, zip, odd);
+    } else if (bits < 4) { /* dword * 4 + lane */
+      const __m512i swap = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      low = _mm512_permutexvar_ps(swap, low);
+      high = _mm512_permutexvar_ps(swap, high);
+    }
+    if (bits == 2) factor = factor * _mm512_broadcast_f32x4(_mm_setr_ps(1, 0x1p-2f, 0x1p-4f, 0x1p-6f));
+    low = vf_fma(low, factor, bias);
+    high = vf_fma(high, factor, bias);
     if (end - begin == BLOCK) {
       vf_store(out + j * ld, low);
       vf_store(out + j * ld + 16, high);
@@ -221,12 +240,12 @@ CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, uint32_t
   folded f[2];
   f[0].products = scratch;
   f[1].products = scratch + (size_t)padded * QUERIES;
-  f[0].planes = f[1].planes = (int8_t *)(scratch + (size_t)2 * padded * QUERIES);
+  f[0].digits = f[1].digits = (int32_t *)(scratch + (size_t)2 * padded * QUERIES);
   uint32_t g = first / run->group, turn = 0;
   fold_products(run, run->dtype, g, q, nq, q_stride, scale, &f[0]);
   for (uint32_t row = first; row < end; g++, turn ^= 1) {
     uint32_t stop = ckv_min_u32(end, (g + 1) * run->group);
-    fold_planes(&f[turn], run->dim, nq);
+    fold_digits(&f[turn], run->dim, nq);
     if (stop < end) fold_products(run, run->dtype, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
     while (row < stop) {
       uint32_t in_group = row - g * run->group, block = in_group / BLOCK, begin = in_group % BLOCK;

@@ -21,29 +21,20 @@ extension CPUBackend {
   private static let fewQueries = 32
 
   package func attend(_ plan: AttentionPlan) {
-    let call = AttendCall(backend: self, plan: plan)
-    call.run()
-  }
-
-  fileprivate struct AttendCall {
-    let backend: CPUBackend
-    let plan: AttentionPlan
-
-    func run() {
-      for index in plan.sequences.indices where plan.sequences[index].tokens > CPUBackend.fewQueries {
-        backend.attendMany(plan, sequence: index)
-      }
-      backend.attendFew(plan)
+    for index in plan.sequences.indices where plan.sequences[index].tokens > CPUBackend.fewQueries {
+      attendMany(plan, sequence: index)
     }
+    attendFew(plan)
   }
 
   // MARK: Few queries
 
   /// One piece of rows of one head of one sequence.
-  private struct Piece {
+  private struct Piece: BitwiseCopyable {
     var sequence: Int
     var work: Int
-    var range: Range<Int>
+    var first: Int
+    var end: Int
     /// Offsets in the workspace, in floats.
     var queries: Int
     var partial: Int
@@ -52,6 +43,8 @@ extension CPUBackend {
     var keptMaxima: Int
     var keptStride: Int
     var keptOffset: Int
+
+    var range: Range<Int> { first..<end }
   }
 
   /// Rows of one item: at least a block, at most 32 items a head.
@@ -68,48 +61,48 @@ extension CPUBackend {
         pieceCount += (plan.rows[index].count + rows - 1) / rows
       }
     }
-    withUnsafeTemporaryAllocation(of: Piece.self, capacity: max(pieceCount, 1)) { pieces in
-      var layout = Layout()
-      var scratchFloats = 0
-      var filled = 0
-      for (index, sequence) in plan.sequences.enumerated() where sequence.tokens <= CPUBackend.fewQueries {
-        scratchFloats = max(
-          scratchFloats,
-          RowAttention.floats(
-            rows: sequence.tokens * sequence.group, keyDim: sequence.keyDim, valueDim: sequence.valueDim))
-        addPieces(of: index, plan, to: pieces, filled: &filled, layout: &layout)
-      }
-      let workers = min(threads, max(filled, 1))
-      let scratch = layout.take(workers * scratchFloats)
-      let memory = plan.workspace.floats(layout.total)
-
-      // Queries in f32, contiguous per head, turned for the rows they meet.
-      for piece in 0..<filled where piece == 0 || pieces[piece].work != pieces[piece - 1].work {
-        loadQueries(
-          plan.sequences[pieces[piece].sequence], work: plan.rows[pieces[piece].work],
-          tokens: 0..<plan.sequences[pieces[piece].sequence].tokens, into: memory + pieces[piece].queries)
-      }
-      plan.slices.withUnsafeBufferPointer { slices in
-        guard let base = slices.baseAddress else { return }
-        let view = AttentionPlanView(slices: base)
-        parallel(filled) { worker, item in
-          addPiece(pieces[item], plan, view, memory, scratch: memory + scratch + worker * scratchFloats)
-        }
-      }
-      var start = 0
-      while start < filled {
-        let work = plan.rows[pieces[start].work]
-        var end = start
-        while end < filled, pieces[end].sequence == pieces[start].sequence,
-          plan.rows[pieces[end].work].kvHead == work.kvHead
-        {
-          end += 1
-        }
-        finishHead(pieces[start..<end], plan, memory)
-        start = end
-      }
-      zeroHeadsWithoutRows(plan)
+    let pieces = UnsafeMutableBufferPointer(
+      start: plan.bookkeeping.values(of: Piece.self, count: pieceCount), count: max(pieceCount, 1))
+    var layout = Layout()
+    var scratchFloats = 0
+    var filled = 0
+    for (index, sequence) in plan.sequences.enumerated() where sequence.tokens <= CPUBackend.fewQueries {
+      scratchFloats = max(
+        scratchFloats,
+        RowAttention.floats(
+          rows: sequence.tokens * sequence.group, keyDim: sequence.keyDim, valueDim: sequence.valueDim))
+      addPieces(of: index, plan, to: pieces, filled: &filled, layout: &layout)
     }
+    let workers = min(threads, max(filled, 1))
+    let scratch = layout.take(workers * scratchFloats)
+    let memory = plan.workspace.floats(layout.total)
+
+    // Queries in f32, contiguous per head, turned for the rows they meet.
+    for piece in 0..<filled where piece == 0 || pieces[piece].work != pieces[piece - 1].work {
+      loadQueries(
+        plan.sequences[pieces[piece].sequence], work: plan.rows[pieces[piece].work],
+        tokens: 0..<plan.sequences[pieces[piece].sequence].tokens, into: memory + pieces[piece].queries)
+    }
+    plan.slices.withUnsafeBufferPointer { slices in
+      guard let base = slices.baseAddress else { return }
+      let view = AttentionPlanView(slices: base)
+      parallel(filled) { worker, item in
+        addPiece(pieces[item], plan, view, memory, scratch: memory + scratch + worker * scratchFloats)
+      }
+    }
+    var start = 0
+    while start < filled {
+      let work = plan.rows[pieces[start].work]
+      var end = start
+      while end < filled, pieces[end].sequence == pieces[start].sequence,
+        plan.rows[pieces[end].work].kvHead == work.kvHead
+      {
+        end += 1
+      }
+      finishHead(pieces[start..<end], plan, memory)
+      start = end
+    }
+    zeroHeadsWithoutRows(plan)
   }
 
   private func addPieces(
@@ -140,7 +133,7 @@ extension CPUBackend {
           pieces.initializeElement(
             at: filled,
             to: Piece(
-              sequence: index, work: work, range: first..<min(first + rows, count), queries: queries,
+              sequence: index, work: work, first: first, end: min(first + rows, count), queries: queries,
               partial: layout.take(PartialBlock.floats(rows: m, valueDim: sequence.valueDim)), kept: kept,
               keptMaxima: keptMaxima, keptStride: padded, keptOffset: offset))
           filled += 1

@@ -84,7 +84,7 @@ extension CPUBackend {
     kernels.pointee.decode!(&run, UInt32(slice.first), UInt32(slice.count), destination, stride)
   }
 
-  package func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {
+  package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {
     var next = row
     if sources.allSatisfy({ verbatim($0, target, row: row) }) {
       for source in sources {

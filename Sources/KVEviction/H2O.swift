@@ -87,10 +87,6 @@ public struct AccumulatedAttention: Scorer {
   public var inputs: RequiredInputs { RequiredInputs(attentionWeights: true) }
 
   public func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
-    for head in 0..<layer.kvHeads {
-      for row in 0..<layer.rowCount(head: head) {
-        scores[head, row] = layer.accumulatedAttention(head: head, row: row)
-      }
-    }
+    layer.accumulatedAttention(into: &scores)
   }
 }

@@ -7,6 +7,8 @@ package final class AttentionPlan {
   /// Working memory of the backend for this plan's owner. Grows to the largest call and stays; not part of a cache's
   /// bytes.
   package let workspace = Workspace()
+  /// For how the backend cut the work.
+  package let bookkeeping = Workspace()
 
   package init() {}
 
@@ -35,6 +37,12 @@ package final class Workspace {
       base = UnsafeMutableRawPointer.allocate(byteCount: capacity, alignment: 64)
     }
     return base.unsafelyUnwrapped.assumingMemoryBound(to: Float.self)
+  }
+
+  /// Room for `count` values of a trivial type, uninitialised.
+  package func values<Value: BitwiseCopyable>(of type: Value.Type, count: Int) -> UnsafeMutablePointer<Value> {
+    let floats = (count * MemoryLayout<Value>.stride + 3) / 4
+    return UnsafeMutableRawPointer(self.floats(floats)).bindMemory(to: type, capacity: max(count, 1))
   }
 }
 

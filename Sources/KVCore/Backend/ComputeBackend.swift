@@ -35,7 +35,7 @@ package protocol ComputeBackend: AnyObject, Sendable {
 
   /// Reads the rows of `sources` one after another and writes them from `row` on, converting, encoding or copying
   /// verbatim (same encoding, whole units) as the encodings ask. Per-channel targets get whole groups.
-  func transcode(_ sources: [RunSlice], to target: RowRun, row: Int)
+  func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int)
 
   /// Rows as f32, `stride` floats apart, in host memory.
   func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int)
@@ -49,6 +49,12 @@ package protocol ComputeBackend: AnyObject, Sendable {
 
   /// Column sums of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
+}
+
+extension ComputeBackend {
+  func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {
+    sources.withUnsafeBufferPointer { transcode($0, to: target, row: row) }
+  }
 }
 
 /// Where an element of a [head, token, dim] tensor is.

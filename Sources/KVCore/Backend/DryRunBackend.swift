@@ -14,7 +14,7 @@ package final class DryRunBackend: ComputeBackend {
 
   package func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace? { nil }
   package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? { nil }
-  package func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {}
+  package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {}
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {}
   package func copy(from host: UnsafeRawPointer, to device: UnsafeMutableRawPointer, byteCount: Int) {}
   package func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int) {}

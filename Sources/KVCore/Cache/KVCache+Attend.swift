@@ -1,11 +1,3 @@
-#if canImport(Glibc)
-  internal import Glibc
-#elseif canImport(Musl)
-  internal import Musl
-#else
-  internal import Darwin
-#endif
-
 extension KVCache {
   /// Attention of the newest tokens' queries over everything the layer holds, straight from the compressed rows.
   ///
@@ -21,8 +13,7 @@ extension KVCache {
     layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView,
     options: AttentionOptions? = nil
   ) throws(KVError) {
-    try KVCache.attend(
-      [self], layer: layer, queries: queries, tokens: [queries.tokens], into: &output, options: options)
+    try attendOne(layer: layer, queries: queries, into: &output, options: options ?? attention)
   }
 
   /// The same for several caches of one model in one call: their queries lie behind one another on the token axis,
@@ -35,49 +26,52 @@ extension KVCache {
   ) throws(KVError) {
     guard let first = caches.first else { return }
     try checkBatch(caches, tokens: tokens, queries: queries)
-    let state = try first.state(layer)
-    guard output.heads == state.shape.queryHeads, output.tokens == queries.tokens,
-      output.dim == state.shape.valueDim
-    else {
-      throw KVError(
-        .shapeMismatch,
-        "an output of \(state.shape.queryHeads) heads x \(queries.tokens) tokens x \(state.shape.valueDim) channels "
-          + "expected; got \(output.heads) x \(output.tokens) x \(output.dim)", layer: layer)
-    }
     let options = options ?? first.attention
-    try options.validate(layer: layer)
+    try first.check(output, queries: queries.tokens, layer: layer, options)
     var token = 0
     for (cache, count) in zip(caches, tokens) {
-      try cache.checkQueries(queries.slice(tokens: token..<token + count), cache.state(layer))
-      try cache.prepare(layer: layer, options: options)
+      try cache.prepare(layer: layer, queries: queries.slice(tokens: token..<token + count), options: options)
       token += count
     }
-
-    let plan = first.plan
-    plan.reset()
+    first.plan.reset()
     token = 0
     for (cache, count) in zip(caches, tokens) {
       cache.describe(
         layer: layer, queries: queries.slice(tokens: token..<token + count), output: &output, firstToken: token,
-        options: options, in: plan)
+        options: options, in: first.plan)
       token += count
     }
-    first.backend.operations.attend(plan)
-
-    if !options.commits { return }
+    first.backend.operations.attend(first.plan)
     token = 0
     for (cache, count) in zip(caches, tokens) {
-      let state = try cache.state(layer)
-      if cache.tracksScores(state) {
-        state.observedTokens = state.seen
-        state.frozenBelow = state.seen
-      }
-      if cache.capturesQueries(state) {
-        try cache.capture(queries.slice(tokens: token..<token + count), state)
-      }
-      try cache.maintain(state)
+      try cache.conclude(layer: layer, queries: queries.slice(tokens: token..<token + count), options: options)
       token += count
     }
+  }
+
+  /// The single-cache form, without the arrays a batch is described by: decoding allocates nothing.
+  private func attendOne(
+    layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView, options: AttentionOptions
+  ) throws(KVError) {
+    try check(output, queries: queries.tokens, layer: layer, options)
+    try prepare(layer: layer, queries: queries, options: options)
+    plan.reset()
+    describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
+    backend.operations.attend(plan)
+    try conclude(layer: layer, queries: queries, options: options)
+  }
+
+  private func check(
+    _ output: borrowing MutableTensorView, queries: Int, layer: Int, _ options: AttentionOptions
+  ) throws(KVError) {
+    let shape = try state(layer).shape
+    guard output.heads == shape.queryHeads, output.tokens == queries, output.dim == shape.valueDim else {
+      throw KVError(
+        .shapeMismatch,
+        "an output of \(shape.queryHeads) heads x \(queries) tokens x \(shape.valueDim) channels expected; got "
+          + "\(output.heads) x \(output.tokens) x \(output.dim)", layer: layer)
+    }
+    try options.validate(layer: layer)
   }
 
   private static func checkBatch(
@@ -88,7 +82,6 @@ extension KVCache {
         .shapeMismatch,
         "\(caches.count) caches need as many token counts, adding up to \(queries.tokens) queries; got \(tokens)")
     }
-    if caches.count == 1 { return }
     guard Set(caches.map(ObjectIdentifier.init)).count == caches.count else {
       throw KVError(.shapeMismatch, "a cache appears twice in one batch")
     }
@@ -98,15 +91,32 @@ extension KVCache {
     }
   }
 
-  /// Everything that can fail for lack of memory, before attention starts.
-  private func prepare(layer: Int, options: AttentionOptions) throws(KVError) {
+  /// Everything that can fail, before attention starts.
+  private func prepare(
+    layer: Int, queries: borrowing TensorView, options: AttentionOptions
+  ) throws(KVError) {
     let state = try state(layer)
+    try checkQueries(queries, state)
     guard options.commits else { return }
     if tracksScores(state) { for segment in state.segments { try segment.prepareScores() } }
     if capturesQueries(state), state.queryWindow == nil {
       state.queryWindow = try QueryWindow(
         capacity: policy.inputs.windowQueries, shape: state.shape, backend: backend.operations)
     }
+  }
+
+  /// What follows attention: the policy is told, then acts.
+  private func conclude(
+    layer: Int, queries: borrowing TensorView, options: AttentionOptions
+  ) throws(KVError) {
+    if !options.commits { return }
+    let state = layers[layer]
+    if tracksScores(state) {
+      state.observedTokens = state.seen
+      state.frozenBelow = state.seen
+    }
+    if capturesQueries(state) { try capture(queries, state) }
+    try maintain(state)
   }
 
   package func capture(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {

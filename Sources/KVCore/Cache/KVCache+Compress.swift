@@ -152,10 +152,12 @@ extension KVCache {
     }
   }
 
+  /// With `room`, the budget is the one there will be once that many tokens more have come.
   private func resolvedBudgets(_ state: LayerState, room: Int) -> [Int] {
+    let tokens = room > Int.max - state.seen ? Int.max : state.seen + room
     var budgets: [Int] = []
     for head in 0..<state.shape.kvHeads {
-      let budget = resolve(policy.budget, state, head: head)
+      let budget = resolve(policy.budget, state, head: head, tokens: tokens)
       budgets.append(room == 0 ? budget : max(policy.router.protection.sinks, budget - room))
     }
     return budgets
@@ -163,14 +165,14 @@ extension KVCache {
 
   /// Rows a head may keep. Fractions count tokens seen, not rows left: a budget does not eat itself step by step. Bytes
   /// become as many rows as their store can hold in them.
-  private func resolve(_ budget: Budget, _ state: LayerState, head: Int) -> Int {
+  private func resolve(_ budget: Budget, _ state: LayerState, head: Int, tokens: Int) -> Int {
     let cached = layers.filter(\.shape.cached).count
     let factory = policy.tiers[0].factory
     if let share = budget.byteShare(
       layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads)
     {
       var low = 1
-      var high = max(1, state.seen)
+      var high = max(1, min(tokens, Int(Int32.max)))
       while low < high {
         let middle = (low + high + 1) / 2
         if factory.bytes(rows: middle, layer: state.shape) <= share { low = middle } else { high = middle - 1 }
@@ -178,7 +180,7 @@ extension KVCache {
       return low
     }
     return budget.resolveTokens(
-      tokens: state.seen, layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads,
+      tokens: tokens, layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads,
       bytesPerRow: 1)
   }
 
@@ -215,10 +217,11 @@ extension KVCache {
     var moves = state.segments.map { _ in
       state.segments.map { segment in Array(repeating: [Int](), count: segment.kvHeads) }
     }
+    // With one tier only what leaves it is of interest: a few rows of thousands, while decoding.
+    let staying: Routing.Outcome? = state.segments.count == 1 ? .tier(0) : nil
     for head in 0..<view.kvHeads {
-      for row in 0..<view.rowCount(head: head) {
+      routing.forEach(head: head, notIn: staying) { row, outcome in
         let place = view.reference(head: head, row: row)
-        let outcome = routing[head, row]
         let from = Int(place.segment)
         if outcome == .dropped {
           dropped[from][head].append(Int(place.slot))

@@ -17,7 +17,9 @@ public final class LayerView {
     package var slot: Int32
   }
 
-  private var references: ContiguousArray<RowReference> = []
+  /// Live slots of all heads, and the segment of each where there are several.
+  private var slots: ContiguousArray<Int32> = []
+  private var owners: ContiguousArray<Int32> = []
   private var starts: [Int] = [0]
 
   init(_ state: LayerState, options: AttentionOptions, backend: any ComputeBackend) {
@@ -32,23 +34,31 @@ public final class LayerView {
   }
 
   private func collect(_ head: Int) {
-    let first = references.count
-    for (index, segment) in segments.enumerated() {
-      for slot in 0..<segment.slotCount(head: head) where segment.isLive(head: head, slot: slot) {
-        references.append(RowReference(segment: Int32(index), slot: Int32(slot)))
+    if segments.count == 1 {
+      segments[0].appendLiveSlots(head: head, to: &slots)
+    } else {
+      var merged: [(position: Int, place: RowReference)] = []
+      for (index, segment) in segments.enumerated() {
+        var own: ContiguousArray<Int32> = []
+        segment.appendLiveSlots(head: head, to: &own)
+        for slot in own {
+          merged.append(
+            (segment.position(head: head, slot: Int(slot)), RowReference(segment: Int32(index), slot: slot)))
+        }
+      }
+      merged.sort { $0.position < $1.position }
+      for entry in merged {
+        slots.append(entry.place.slot)
+        owners.append(entry.place.segment)
       }
     }
-    if segments.count > 1 {
-      references[first...].sort { position(head, $0) < position(head, $1) }
-    }
-    starts.append(references.count)
+    starts.append(slots.count)
   }
 
-  private func position(_ head: Int, _ reference: RowReference) -> Int {
-    segments[Int(reference.segment)].position(head: head, slot: Int(reference.slot))
+  package func reference(head: Int, row: Int) -> RowReference {
+    let index = starts[head] + row
+    return RowReference(segment: owners.isEmpty ? 0 : owners[index], slot: slots[index])
   }
-
-  package func reference(head: Int, row: Int) -> RowReference { references[starts[head] + row] }
 
   public var kvHeads: Int { shape.kvHeads }
   /// Live rows of a head.
@@ -57,13 +67,32 @@ public final class LayerView {
   public var rowCounts: [Int] { (0..<kvHeads).map { rowCount(head: $0) } }
 
   /// Absolute position of the token in a row. O(1).
-  public func position(head: Int, row: Int) -> Int { position(head, reference(head: head, row: row)) }
+  public func position(head: Int, row: Int) -> Int {
+    let place = reference(head: head, row: row)
+    return segments[Int(place.segment)].position(head: head, slot: Int(place.slot))
+  }
 
   /// Attention the row has received so far, summed over the queries seen and the query heads of the group.
   /// Needs ``RequiredInputs/attentionWeights``.
   public func accumulatedAttention(head: Int, row: Int) -> Float {
     let place = reference(head: head, row: row)
     return segments[Int(place.segment)].score(head: head, slot: Int(place.slot))
+  }
+
+  /// The same for all rows of all heads at once. O(rows).
+  public func accumulatedAttention(into scores: inout ScoreTable) {
+    for head in 0..<kvHeads {
+      guard segments.count == 1 else {
+        for row in 0..<rowCount(head: head) {
+          scores[head, row] = accumulatedAttention(head: head, row: row)
+        }
+        continue
+      }
+      let start = scores.range(head: head).lowerBound
+      scores.values.withUnsafeMutableBufferPointer { buffer in
+        if let base = buffer.baseAddress { segments[0].copyScores(head: head, into: base + start) }
+      }
+    }
   }
 
   /// The keys of a head as stored, [rows, keyDim] f32. O(rows · keyDim), allocates.

@@ -34,6 +34,8 @@ public struct ScoreTable: Sendable {
 
   /// A NaN score would sort anywhere: refuse it, with its place.
   package func checkOrdered(layer: Int) throws(KVError) {
+    // A sum is NaN when a term is; infinities of both signs make one too, and are then looked at one by one.
+    if !values.withUnsafeBufferPointer({ $0.reduce(0, +) }).isNaN { return }
     for head in 0..<headCount {
       for row in range(head: head) where values[row].isNaN {
         throw KVError(

@@ -96,4 +96,24 @@ public struct Routing: Sendable {
     get { outcomes[starts[head] + row] }
     set { outcomes[starts[head] + row] = newValue }
   }
+
+  /// Sends several rows of a head to one place.
+  public mutating func send(head: Int, rows: Range<Int>, to outcome: Outcome) {
+    let start = starts[head]
+    precondition(
+      rows.lowerBound >= 0 && start + rows.upperBound <= starts[head + 1], "rows \(rows) of head \(head)")
+    outcomes.withUnsafeMutableBufferPointer { buffer in
+      for row in rows { buffer[start + row] = outcome }
+    }
+  }
+
+  /// Calls `body` with every row of a head that does not go to `tier`; with nil, with every row.
+  package func forEach(head: Int, notIn tier: Outcome?, _ body: (Int, Outcome) -> Void) {
+    let start = starts[head]
+    outcomes.withUnsafeBufferPointer { buffer in
+      for row in 0..<starts[head + 1] - start where buffer[start + row] != tier {
+        body(row, buffer[start + row])
+      }
+    }
+  }
 }

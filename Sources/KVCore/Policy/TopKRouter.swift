@@ -17,14 +17,31 @@ public struct TopKRouter: Router {
       let count = scores.rowCount(head: head)
       let split = protection.split(kept: kept[head], of: count)
       let middle = split.sinks..<count - split.window
-      for row in 0..<count {
-        routing[head, row] = middle.contains(row) ? others : .tier(0)
-      }
+      routing.send(head: head, rows: 0..<split.sinks, to: .tier(0))
+      routing.send(head: head, rows: middle, to: others)
+      routing.send(head: head, rows: middle.upperBound..<count, to: .tier(0))
       let start = scores.range(head: head).lowerBound
-      selectLargest(
-        split.chosen, of: scores.values[start + middle.lowerBound..<start + middle.upperBound]
-      ) { offset in routing[head, middle.lowerBound + offset] = .tier(0) }
+      let candidates = scores.values[start + middle.lowerBound..<start + middle.upperBound]
+      if candidates.count - split.chosen == 1, let lowest = lastOfSmallest(candidates) {
+        // Decoding drops one row a step: everything stays but the smallest, of equal ones the latest.
+        routing.send(head: head, rows: middle, to: .tier(0))
+        routing[head, middle.lowerBound + lowest] = others
+        continue
+      }
+      selectLargest(split.chosen, of: candidates) { offset in
+        routing[head, middle.lowerBound + offset] = .tier(0)
+      }
     }
+  }
+}
+
+/// Offset of the smallest value, the last of equal ones.
+private func lastOfSmallest(_ values: ArraySlice<Float>) -> Int? {
+  values.withUnsafeBufferPointer { buffer in
+    guard var smallest = buffer.first else { return nil }
+    // Two passes: the minimum alone is a vector loop.
+    for value in buffer { smallest = value < smallest ? value : smallest }
+    return buffer.lastIndex(of: smallest)
   }
 }
 
@@ -54,21 +71,6 @@ package func selectLargest(_ count: Int, of values: ArraySlice<Float>, take: (In
 
 /// The value that is `rank`-th when sorted descending, 1-based.
 private func nthLargest(_ rank: Int, of values: ArraySlice<Float>) -> Float {
-  // Removing a handful of rows a step is the common case in decoding: keep the few smallest instead.
-  let dropped = values.count - rank
-  if dropped == 1 {
-    var smallest = Float.infinity
-    var second = Float.infinity
-    for value in values {
-      if value < smallest {
-        second = smallest
-        smallest = value
-      } else if value < second {
-        second = value
-      }
-    }
-    return second
-  }
   var work = Array(values)
   var low = 0
   var high = work.count - 1

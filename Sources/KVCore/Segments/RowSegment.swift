@@ -269,6 +269,32 @@ package final class RowSegment: Segment {
 
   package func score(head: Int, slot: Int) -> Float { heads[head].score.map { $0[slot] } ?? 0 }
 
+  package func copyScores(head: Int, into target: UnsafeMutablePointer<Float>) {
+    let rows = heads[head]
+    guard let scores = rows.score?.base else {
+      target.update(repeating: 0, count: rows.live)
+      return
+    }
+    guard rows.dead > 0, let bias = rows.bias?.base else {
+      target.update(from: scores, count: rows.slots)
+      return
+    }
+    var next = 0
+    for slot in 0..<rows.slots where bias[slot] != -.infinity {
+      target[next] = scores[slot]
+      next += 1
+    }
+  }
+
+  package func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>) {
+    let rows = heads[head]
+    guard rows.dead > 0, let bias = rows.bias?.base else {
+      slots.append(contentsOf: 0..<Int32(rows.slots))
+      return
+    }
+    for slot in 0..<rows.slots where bias[slot] != -.infinity { slots.append(Int32(slot)) }
+  }
+
   package func forgetScores() { for head in heads.indices { heads[head].score = nil } }
 
   package func prepareScores() throws(KVError) {

@@ -119,6 +119,10 @@ package struct RowStore {
 
   /// Appends the slices that hold `range`, in row order.
   package func slices(_ range: Range<Int>, into result: inout ContiguousArray<RunSlice>) {
+    forEachSlice(range) { result.append($0) }
+  }
+
+  private func forEachSlice(_ range: Range<Int>, _ body: (RunSlice) -> Void) {
     if range.isEmpty { return }
     var start = 0
     for extent in extents {
@@ -126,8 +130,7 @@ package struct RowStore {
       if end > range.lowerBound, start < range.upperBound {
         let low = max(range.lowerBound, start)
         let high = min(range.upperBound, end)
-        result.append(
-          RunSlice(run: extent.run(dim: dim), first: extent.first + low - start, count: high - low))
+        body(RunSlice(run: extent.run(dim: dim), first: extent.first + low - start, count: high - low))
       }
       start = end
       if start >= range.upperBound { break }
@@ -170,8 +173,15 @@ package struct RowStore {
     var next = bodyRows
     if appended > 0 {
       let extent = extents[bodyExtents - 1]
-      backend.transcode(
-        slices(next..<next + appended), to: extent.run(dim: dim), row: extent.first + extent.rows)
+      let target = extent.run(dim: dim)
+      var row = extent.first + extent.rows
+      // Slice by slice without a list: this is the path of every decoded token.
+      forEachSlice(next..<next + appended) { slice in
+        withUnsafePointer(to: slice) {
+          backend.transcode(UnsafeBufferPointer(start: $0, count: 1), to: target, row: row)
+        }
+        row += slice.count
+      }
       next += appended
     }
     for index in fresh.indices {

@@ -34,6 +34,10 @@ package protocol Segment: AnyObject {
 
   /// Accumulated attention of a slot; 0 when nobody asked for it.
   func score(head: Int, slot: Int) -> Float
+  /// The same for every live slot of a head, in order: `into` has room for `liveCount`.
+  func copyScores(head: Int, into target: UnsafeMutablePointer<Float>)
+  /// Appends the live slots of a head, ascending.
+  func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>)
   /// Removes the accumulated attention of every slot: the policy no longer needs it.
   func forgetScores()
   /// Adds observed attention to the live slots of a head, in slot order.

@@ -1,3 +1,4 @@
+import Foundation
 import KVCompression
 import KVExperiments
 import Testing
@@ -202,4 +203,10 @@ func normals(_ count: Int, seed: UInt64) -> [Float] {
 
 func normalTensor(_ heads: Int, _ tokens: Int, _ dim: Int, seed: UInt64) throws -> HeadTensor {
   try HeadTensor(heads: heads, tokens: tokens, dim: dim, elements: normals(heads * tokens * dim, seed: seed))
+}
+
+/// Measurements for reports: printed with `GOLDEN_TRACE=1`.
+enum GoldenTrace {
+  static let isOn = ProcessInfo.processInfo.environment["GOLDEN_TRACE"] != nil
+  static func print(_ text: @autoclosure () -> String) { if isOn { Swift.print("golden", text()) } }
 }

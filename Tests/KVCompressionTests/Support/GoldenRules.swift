@@ -244,11 +244,14 @@ enum GoldenRules {
     guard shape.count == 3, step > 1 else { return actual }
     let (heads, dim) = (shape[0], shape[2])
     let tokens = actual.count / max(heads * dim, 1)
-    return (0..<heads).flatMap { head in
-      stride(from: 0, to: tokens, by: step).flatMap { token in
-        Array(actual[(head * tokens + token) * dim..<(head * tokens + token + 1) * dim])
+    var kept: [Double] = []
+    for head in 0..<heads {
+      for token in stride(from: 0, to: tokens, by: step) {
+        let start = (head * tokens + token) * dim
+        kept += actual[start..<start + dim]
       }
     }
+    return kept
   }
 
   static func describe(_ index: Int, _ actual: [Double], _ reference: GoldenTensor) -> String {

@@ -86,9 +86,7 @@ final class GoldenRun {
   ) {
     compared.insert(output)
     verdicts[output] = verdict
-    if ProcessInfo.processInfo.environment["GOLDEN_TRACE"] != nil {
-      print("golden", verdict.passed ? "pass" : "FAIL", entry.name, output, description.rule, verdict.text)
-    }
+    GoldenTrace.print("\(verdict.passed ? "pass" : "FAIL") \(entry.name) \(output) \(description.rule): \(verdict.text)")
     if !verdict.passed {
       Issue.record(
         "\(entry.name) · \(output) · \(description.rule): \(verdict.text)", sourceLocation: location)

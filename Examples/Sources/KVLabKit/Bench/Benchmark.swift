@@ -1,0 +1,161 @@
+internal import Foundation
+package import KVCompression
+
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
+
+/// What the benchmark runs.
+package struct BenchOptions: Sendable {
+  /// Only cases whose label contains it; nil: all.
+  package var filter: String?
+  /// Thread counts, each a pass of its own.
+  package var threads: [Int]
+  /// Context lengths of decode attention.
+  package var contexts = [4096, 32768, 131_072]
+  /// Seconds of timing a group of cases gets; fewer than 5 repeats never.
+  package var secondsPerGroup = 6.0
+
+  package init(threads: [Int], filter: String? = nil) {
+    self.threads = threads
+    self.filter = filter
+  }
+}
+
+/// The benchmark: every case is checked against the portable kernels, then timed cold, repeats of the compared stores
+/// taking turns so that a drift of the machine meets all of them.
+///
+/// Shape: 32 query heads, 8 KV heads, 128 channels. Cold: layers of one cache take turns, as in a model, and together
+/// they are several times the last-level cache.
+package final class Benchmark {
+  static let stores = ["f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)"]
+  static let allHeads = Array(0..<BenchData.shape.kvHeads)
+
+  let options: BenchOptions
+  let data = BenchData()
+  let emit: (BenchRecord) -> Void
+  let progress: any Progress
+  /// Reference results, which no thread count changes.
+  var references: [String: [Float]] = [:]
+  /// Cases whose result was not the portable one.
+  package private(set) var failures: [String] = []
+
+  package init(_ options: BenchOptions, progress: any Progress, emit: @escaping (BenchRecord) -> Void) {
+    self.options = options
+    self.progress = progress
+    self.emit = emit
+  }
+
+  /// - Throws: what caches throw; a failed check is no error but a record with `checked` false.
+  package func run() throws(KVError) {
+    progress.begin(steps: options.threads.count * (options.contexts.count + 4))
+    defer { progress.end() }
+    for threads in options.threads {
+      let backend = try Backend.cpu(threads: threads)
+      let probe = try ReadBandwidthProbe(backend: backend)
+      _ = probe.measure()
+      let machine = Machine(threads: threads, backend: backend, probe: probe)
+      for tokens in options.contexts {
+        progress.advance("attend, \(tokens) tokens, \(threads) threads")
+        try decodeAttention(tokens: tokens, machine)
+      }
+      progress.advance("append, \(threads) threads")
+      try appending(machine)
+      progress.advance("SnapKV, \(threads) threads")
+      try snapKV(machine)
+      for tokens in [4096, 32768] {
+        progress.advance("H2O, \(tokens) rows, \(threads) threads")
+        try h2o(rows: tokens, machine)
+      }
+    }
+  }
+
+  // MARK: What all cases share
+
+  struct Machine {
+    let threads: Int
+    let backend: Backend
+    let probe: ReadBandwidthProbe
+  }
+
+  func wanted(_ name: String, _ store: String, _ tokens: Int, _ queries: Int, _ machine: Machine) -> Bool {
+    guard let filter = options.filter else { return true }
+    return BenchRecord.label(name, store, tokens, queries, machine.threads).contains(filter)
+  }
+
+  func report(_ record: BenchRecord) {
+    if !record.checked { failures.append(record.label) }
+    progress.end()
+    emit(record)
+  }
+
+  /// Layers that make a cache cold when they take turns.
+  func coldLayers(bytesPerLayer: Int) -> Int {
+    max(1, min(128, (Self.coldBytes + bytesPerLayer - 1) / max(bytesPerLayer, 1)))
+  }
+
+  static let coldBytes = max(192 << 20, 4 * lastLevelCache)
+
+  static let lastLevelCache: Int = {
+    #if os(Linux)
+      let sizes = [Int32(_SC_LEVEL2_CACHE_SIZE), Int32(_SC_LEVEL3_CACHE_SIZE)].map { sysconf($0) }
+      return max(sizes.max() ?? 0, 1 << 20)
+    #else
+      return 32 << 20
+    #endif
+  }()
+
+  /// A cache of `layers` layers of the shape, restricted to some KV heads.
+  func cache(
+    _ policy: any CompressionPolicy, layers: Int, heads: [Int], _ backend: Backend
+  ) throws(KVError) -> KVCache {
+    try KVCache(
+      shape: ModelShape(
+        layerCount: layers, queryHeads: heads.count * BenchData.group, kvHeads: heads.count, headDim: BenchData.dim),
+      policy: policy, backend: backend)
+  }
+
+  /// The heads that a check compares: all of a short context, the first and the last of a long one.
+  static func checkedHeads(tokens: Int) -> [Int] { tokens <= 8192 ? allHeads : [0, BenchData.shape.kvHeads - 1] }
+
+  static func seconds(_ body: () throws(KVError) -> Void) throws(KVError) -> Double {
+    let clock = ContinuousClock()
+    let start = clock.now
+    try body()
+    return start.duration(to: clock.now).seconds
+  }
+
+  /// Attention of `count` queries over one layer, into `output` [queryHeads, count, dim].
+  func attend(
+    _ cache: KVCache, layer: Int, _ queries: [Float], _ count: Int, heads: Int, into output: inout [Float],
+    commits: Bool = false
+  ) throws(KVError) {
+    let queryHeads = heads * BenchData.group
+    let view = try TensorView(queries.span, heads: queryHeads, tokens: count, dim: BenchData.dim)
+    var span = output.mutableSpan
+    var target = try MutableTensorView(&span, heads: queryHeads, tokens: count, dim: BenchData.dim)
+    try cache.attend(layer: layer, queries: view, into: &target, options: AttentionOptions(commits: commits))
+  }
+
+  /// The part of an output of all heads that belongs to some of them.
+  static func part(_ output: [Float], of heads: [Int]) -> [Float] {
+    let length = output.count / BenchData.shape.kvHeads
+    return heads.flatMap { output[$0 * length..<($0 + 1) * length] }
+  }
+
+  /// Kernels of different levels add in different orders: f32 rounding, no more.
+  static func agree(_ x: [Float], _ reference: [Float], within bound: Double = 1e-4) -> Bool {
+    guard x.count == reference.count, !x.isEmpty else { return false }
+    var error = 0.0
+    var norm = 0.0
+    for (a, b) in zip(x, reference) {
+      error += Double(a - b) * Double(a - b)
+      norm += Double(b) * Double(b)
+    }
+    return error.squareRoot() <= bound * norm.squareRoot()
+  }
+}

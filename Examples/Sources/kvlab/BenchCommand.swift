@@ -1,0 +1,71 @@
+import ArgumentParser
+import Foundation
+import KVCompression
+import KVLabKit
+
+struct BenchCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "bench",
+    abstract: "How fast the kernels are, against the memory bandwidth of this machine.",
+    discussion: """
+      32 query heads, 8 KV heads, 128 channels; caches colder than the last-level cache. Every result is first checked \
+      against the portable kernels. Repeats of the compared stores take turns, with a measurement of the read bandwidth \
+      in between; the median counts.
+
+      attend         attention of 1 and of 8 new tokens over every store
+      append         appending blocks of 1024 tokens to a cache in use; bytes are those of the f32 input
+      snapkv-score   SnapKV's scores of a prompt of 32768; snapkv-finish adds choosing and moving what stays
+      h2o-step       one decoded token with a full budget: append, attend, add up the attention, drop
+
+      A label is CASE/STORE/T<tokens>/q<queries>/t<threads>. Exit code 1 when a check fails. Needs up to 5 GB of memory; \
+      --contexts 4096,32768 needs less.
+      """)
+
+  @Option(help: "Only cases whose label contains this text, such as 'attend/kivi(bits=2)/T32768' or '/t1'.")
+  var filter: String?
+  @Option(help: "Thread counts, such as 1,2; each is a pass of its own. Default: 1 and the cores there are.")
+  var threads: String?
+  @Option(help: "Context lengths of the attend cases.")
+  var contexts = "4096,32768,131072"
+  @Option(help: "Seconds of timing for each group of cases.")
+  var seconds = 6.0
+  @Option(help: "Writes one JSON object a line for every case.")
+  var json: String?
+
+  func validate() throws {
+    if let threads { _ = try threadList(threads) }
+    guard contextList != nil else {
+      throw ValidationError("--contexts: expected numbers of tokens of 1 to 1048576 such as 4096,32768; got '\(contexts)'")
+    }
+    guard seconds > 0, seconds <= 3600 else { throw ValidationError("--seconds must lie in 0...3600; got \(seconds)") }
+  }
+
+  private var contextList: [Int]? {
+    let counts = contexts.split(separator: ",", omittingEmptySubsequences: false).map { Int($0) ?? 0 }
+    return !counts.isEmpty && counts.allSatisfy { (1...1 << 20).contains($0) } ? counts : nil
+  }
+
+  func run() throws {
+    let cores = ProcessInfo.processInfo.activeProcessorCount
+    let counts = try threads.map(threadList) ?? (cores > 1 ? [1, cores] : [1])
+    try reportingErrors { () throws(KVError) in
+      var options = BenchOptions(threads: counts, filter: filter)
+      options.contexts = contextList ?? options.contexts
+      options.secondsPerGroup = seconds
+      print("\(try Backend.cpu().name); \(cores) cores")
+      print(BenchRecord.heading)
+      var lines = ""
+      let benchmark = Benchmark(options, progress: ProgressBar()) { record in
+        print(record.line)
+        lines += record.json.compact + "\n"
+      }
+      try benchmark.run()
+      if lines.isEmpty { throw KVError(.invalidOption, "no case's label contains '\(filter ?? "")'") }
+      if let json { try TextFile.write(lines, to: json) }
+      if !benchmark.failures.isEmpty {
+        throw KVError(
+          .unsupported, "differs from the portable kernels: \(benchmark.failures.joined(separator: ", "))")
+      }
+    }
+  }
+}

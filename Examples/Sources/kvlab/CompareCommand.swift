@@ -1,0 +1,88 @@
+import ArgumentParser
+import Foundation
+import KVCompression
+import KVLabKit
+import ReferenceEngine
+
+struct CompareCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "compare",
+    abstract: "Policies side by side on a model and a text.",
+    discussion: """
+      Each piece of text has --context tokens of prompt and --decode tokens after it. The prompt is read with full \
+      attention, the policy compresses, then the rest of the text is read token by token over the compressed cache while \
+      the policy goes on acting. Only predictions made in that second part count. A full cache (dense f32) reads the same \
+      tokens; all changes are against it.
+
+      bytesPerToken      bytes the cache holds after the last token, by the tokens it has seen
+      ratio              how many times smaller than 2 bytes a number (f16)
+      perplexity         of the decoded part; perplexityChange is relative, 0.05 is 5 % worse
+      klDivergence       mean KL(full || policy) of the next-token distributions, nats
+      attentionError     ||output - full|| / ||full|| over the attention outputs of all decoded tokens and layers, both \
+      for the same queries over the same history
+      needleAccuracy     share of five-digit codes hidden in a text that come out whole. The cache is compressed before \
+      the question is known; the question then arrives as one chunk. needleAccuracyQueryAware: the question is part of \
+      the prompt. Digits are teacher-forced, which for whole codes is the same as greedy decoding
+      *TokensPerSecond   of the model with this cache; compressing counts as prefill
+      peakCacheBytes     most the cache ever held, the uncompressed prompt included
+      """)
+
+  @Option(help: "Directory of a HuggingFace checkpoint. Default: the packaged model.")
+  var model: String?
+  @Option(help: "A text, or a directory of .txt files. Default: the packaged texts.")
+  var text: String?
+  @Option(help: "Policies separated by commas, such as 'f16,kivi(bits=2),snapkv(budget=0.25)+kivi'.")
+  var policies: String?
+  @Option(help: "Prompt tokens of each piece of text (default: 1024).")
+  var context: Int?
+  @Option(help: "Tokens read one by one after the prompt (default: 192).")
+  var decode: Int?
+  @Option(help: "Pieces of text (default: 2).")
+  var samples: Int?
+  @Option(help: "Needle sequences, 0 for none (default: 5).")
+  var needles: Int?
+  @Option(help: "Notes in each needle sequence; all are asked about (default: 4).")
+  var notes: Int?
+  @Option(help: "Tokens of a needle sequence before its questions (default: as --context).")
+  var needleContext: Int?
+  @Option(help: "Of the needles.")
+  var seed: UInt64 = 1
+  @Flag(help: "A small run: fewer policies and tokens.")
+  var quick = false
+  @Option(help: "Writes the table as JSON, an array with an object a policy.")
+  var json: String?
+  @OptionGroup var threading: ThreadsOption
+
+  func run() throws {
+    try reportingErrors { () throws(KVError) in
+      var options = quick ? CompareOptions.quick : CompareOptions()
+      options.context = context ?? options.context
+      options.decode = decode ?? options.decode
+      options.samples = samples ?? options.samples
+      options.needles = needles ?? options.needles
+      options.notes = notes ?? options.notes
+      options.needleContext = needleContext
+      options.seed = seed
+      options.threads = threading.threads
+      try options.validate()
+      let chosen = try NamedPolicy.list(
+        policies ?? (quick ? NamedPolicy.quickDefaults : NamedPolicy.defaults).joined(separator: ","))
+      let directory = try PackagedFiles.model(or: model)
+      let engine = try Engine(directory: directory)
+      let comparison = try Comparison(
+        engine: engine, policies: chosen, texts: PackagedFiles.readTexts(at: PackagedFiles.texts(or: text)),
+        names: PackagedFiles.names(model: directory), options: options)
+      let backend = try Backend.cpu(threads: threading.threads)
+      print(
+        "\(engine.model.parameterCount) parameters, \(engine.model.config.layerCount) layers; "
+          + "\(options.samples) texts of \(options.context) + \(options.decode) tokens, "
+          + "\(options.needles * options.notes) needle questions; \(backend.name)")
+      let records = try comparison.run(ProgressBar())
+      print(CompareRecord.table(records))
+      if let json {
+        try TextFile.write(JSONText.array(records.map(\.json)).pretty, to: json)
+        print("written to \(json)")
+      }
+    }
+  }
+}

@@ -1,0 +1,85 @@
+# make test    set-up, then every test                      make docs     the DocC catalogue into out/docs
+# make demo    compare policies on the packaged model       make lint     style, reported
+# make bench   the benchmark, JSON lines into out/          make format   style, applied
+#
+# QUICK=1 shortens demo and bench. POLICIES, CONTEXT, MODEL and TEXT choose what demo compares.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-library test-kernels test-examples kvlab demo bench docs lint format clean
+
+SWIFT ?= swift
+OUT ?= out
+SWIFT_SOURCES := Package.swift Sources Tests Examples/Package.swift Examples/Sources Examples/Tests
+
+KVLAB_FLAGS :=
+ifneq ($(strip $(MODEL)),)
+KVLAB_FLAGS += --model $(MODEL)
+endif
+ifneq ($(strip $(TEXT)),)
+KVLAB_FLAGS += --text $(TEXT)
+endif
+
+ifneq ($(strip $(QUICK)),)
+POLICIES ?= f16,streaming(recent=124),h2o(budget=0.25),snapkv(budget=0.25),kivi,snapkv(budget=0.25)+kivi
+CONTEXT ?= 512
+BENCH_FLAGS ?= --filter T4096
+endif
+ifneq ($(strip $(POLICIES)),)
+KVLAB_FLAGS += --policies '$(POLICIES)'
+endif
+ifneq ($(strip $(CONTEXT)),)
+KVLAB_FLAGS += --context $(CONTEXT)
+endif
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 5
+
+setup:
+	@.ci/setup
+
+test: test-library test-kernels test-examples
+	@echo "test: library, C kernels and examples passed"
+
+test-library: setup
+	@echo "== library (debug)"
+	@$(SWIFT) build --build-tests --quiet
+	@$(SWIFT) test --skip-build 2>&1 | .ci/summary
+
+test-kernels: setup
+	@echo "== C kernels against the portable reference"
+	@bash Tests/CKernels/run.sh
+
+test-examples: setup
+	@echo "== examples (release)"
+	@$(SWIFT) build -c release --package-path Examples --build-tests --quiet
+	@$(SWIFT) test -c release --package-path Examples --skip-build 2>&1 | .ci/summary
+
+kvlab: setup
+	@echo "== kvlab (release)"
+	@$(SWIFT) build -c release --package-path Examples --product kvlab --quiet
+
+KVLAB = "$$($(SWIFT) build -c release --package-path Examples --show-bin-path)/kvlab"
+
+demo: kvlab
+	@mkdir -p $(OUT)
+	@$(KVLAB) compare $(KVLAB_FLAGS) --json $(OUT)/compare.json | tee $(OUT)/compare.txt
+	@echo "demo: $(OUT)/compare.txt and $(OUT)/compare.json"
+
+bench: kvlab
+	@mkdir -p $(OUT)
+	@$(KVLAB) bench $(BENCH_FLAGS) --json $(OUT)/bench.json | tee $(OUT)/bench.txt
+	@echo "bench: $(OUT)/bench.txt and $(OUT)/bench.json"
+
+docs: setup
+	@.ci/docs
+
+lint:
+	@$(SWIFT) format lint --strict --parallel --recursive --configuration .swift-format $(SWIFT_SOURCES)
+
+format:
+	@$(SWIFT) format --in-place --parallel --recursive --configuration .swift-format $(SWIFT_SOURCES)
+
+clean:
+	@rm -rf .build Examples/.build $(OUT)

@@ -1,0 +1,122 @@
+/// Row segments in a saved cache, drawn in ``SavedCache``.
+extension RowSegment {
+  package func encode(to writer: inout ByteWriter) {
+    writer.count(heads.count)
+    for head in heads { head.encode(to: &writer, backend: backend) }
+  }
+}
+
+extension RowFormat {
+  package func decodeSegment(
+    from reader: inout ByteReader, layer: LayerShape, tokensSeen: Int, backend: any ComputeBackend
+  ) throws(KVError) -> any Segment {
+    let count = try reader.count("heads of a segment")
+    guard count == layer.kvHeads else {
+      throw reader.corrupt("expected all \(layer.kvHeads) KV heads; found \(count)")
+    }
+    var heads: [HeadRows] = []
+    for head in 0..<count {
+      do throws(KVError) {
+        var rows = HeadRows(keyDim: layer.keyDim, valueDim: layer.valueDim, keys: keys, values: values)
+        try rows.decode(from: &reader, tokensSeen: tokensSeen, backend: backend)
+        heads.append(rows)
+      } catch {
+        throw error.at(head: head)
+      }
+    }
+    return RowSegment(restoring: heads, layer: layer, format: self, backend: backend)
+  }
+}
+
+extension HeadRows {
+  fileprivate func encode(to writer: inout ByteWriter, backend: any ComputeBackend) {
+    writer.count(slots)
+    writer.count(dead)
+    positions.encode(to: &writer)
+    for column in [bias, score] {
+      writer.bool(column != nil)
+      column?.encode(to: &writer)
+    }
+    keys.encode(to: &writer, backend: backend)
+    values.encode(to: &writer, backend: backend)
+  }
+
+  /// Fills empty rows.
+  fileprivate mutating func decode(
+    from reader: inout ByteReader, tokensSeen: Int, backend: any ComputeBackend
+  ) throws(KVError) {
+    let slots = try reader.count("slots", in: 0...tokensSeen)
+    dead = try reader.count("dead slots", in: 0...slots)
+    positions = try PositionColumn(from: &reader, count: slots, tokensSeen: tokensSeen, backend: backend)
+    var hidden = 0
+    if try reader.bool("whether there are log biases") {
+      bias = try Column<Float>(from: &reader, count: slots, "log biases", backend: backend) { value in
+        if value == -.infinity { hidden += 1 }
+        return value < .infinity
+      }
+    }
+    guard hidden == dead else {
+      throw reader.corrupt("expected \(dead) dead slots, those with a log bias of minus infinity; found \(hidden)")
+    }
+    if try reader.bool("whether there is accumulated attention") {
+      score = try Column<Float>(from: &reader, count: slots, "attention sums", backend: backend) { $0.isFinite }
+    }
+    keys = try RowStore(from: &reader, slots: slots, dim: keys.dim, format: keys.format, backend: backend)
+    values = try RowStore(from: &reader, slots: slots, dim: values.dim, format: values.format, backend: backend)
+  }
+}
+
+// MARK: - Columns
+
+extension Column where Element: StoredNumber {
+  /// The most slots that growth gives room for: more is what a cut left, and not worth keeping.
+  private static func roomiest(_ count: Int) -> Int { count + Swift.max(64, count / 8) }
+
+  fileprivate func encode(to writer: inout ByteWriter) {
+    writer.count(Swift.min(capacity, Column.roomiest(count)))
+    withSpan { slots in for slot in slots { writer.array([slot]) } }
+  }
+
+  /// - Parameter accepts: whether a value may be there.
+  fileprivate init(
+    from reader: inout ByteReader, count: Int, _ what: String, backend: any ComputeBackend,
+    accepts: (Element) -> Bool
+  ) throws(KVError) {
+    self.init()
+    let capacity = try reader.count("room for \(what)", in: count...Column.roomiest(count))
+    let place = reader
+    let values = try reader.array(of: Element.self, count: count, what)
+    for (slot, value) in values.enumerated() where !accepts(value) {
+      throw place.corrupt("unexpected \(value) among the \(what), in slot \(slot)")
+    }
+    try reserve(capacity, backend: backend)
+    for value in values { append(value) }
+  }
+}
+
+extension PositionColumn {
+  fileprivate func encode(to writer: inout ByteWriter) {
+    writer.bool(explicit != nil)
+    if let explicit {
+      explicit.encode(to: &writer)
+    } else {
+      writer.count(count == 0 ? 0 : first)
+    }
+  }
+
+  fileprivate init(
+    from reader: inout ByteReader, count: Int, tokensSeen: Int, backend: any ComputeBackend
+  ) throws(KVError) {
+    guard try reader.bool("whether positions are listed") else {
+      let first = try reader.count("the first position", in: 0...(tokensSeen - count))
+      self.init(restoring: nil, first: first, count: count)
+      return
+    }
+    var last: Int32 = -1
+    let column = try Column<Int32>(from: &reader, count: count, "ascending positions", backend: backend) { position in
+      defer { last = position }
+      return position > last && Int(position) < tokensSeen
+    }
+    self.init(restoring: column, first: count == 0 ? 0 : Int(column[0]), count: count)
+  }
+}

@@ -1,0 +1,162 @@
+/// Rows in a saved cache, drawn in ``SavedCache``. Memory of rows is the backend's: it is reached through its copies only.
+extension RowStore {
+  func encode(to writer: inout ByteWriter, backend: any ComputeBackend) {
+    // An empty extent at the end is room for the next rows; elsewhere it is nothing.
+    let kept = extents.indices.filter { extents[$0].rows > 0 || ($0 >= bodyExtents && $0 == extents.count - 1) }
+    writer.count(kept.count { $0 < bodyExtents })
+    writer.count(kept.count)
+    for index in kept { extents[index].encode(to: &writer, dim: dim, backend: backend) }
+  }
+
+  /// - Parameter slots: rows there must be.
+  init(
+    from reader: inout ByteReader, slots: Int, dim: Int, format: SideFormat, backend: any ComputeBackend
+  ) throws(KVError) {
+    let body = try reader.count("body extents", in: 0...slots)
+    let count = try reader.count("extents", of: Extent.headerSize)
+    guard body <= count else { throw reader.corrupt("expected \(body) body extents; found \(count) extents in all") }
+    var extents: ContiguousArray<Extent> = []
+    var left = slots
+    for index in 0..<count {
+      let extent = try Extent(
+        from: &reader, place: index < body ? .body : index < count - 1 ? .tail : .end, atMost: left, dim: dim,
+        format: format, backend: backend)
+      left -= extent.rows
+      extents.append(extent)
+    }
+    guard left == 0 else { throw reader.corrupt("expected \(slots) rows; found \(slots - left)") }
+    self.init(restoring: extents, bodyExtents: body, dim: dim, format: format)
+  }
+}
+
+extension Extent {
+  fileprivate static let headerSize = 32
+
+  /// Where an extent lies in its store.
+  fileprivate enum Place { case body, tail, end }
+
+  /// Offsets and sizes of what a run holds of some rows: elements or codes, scales, minima. `width`: bytes that a machine
+  /// of the other byte order would reverse.
+  private func parts(dim: Int) -> [(address: UnsafeMutableRawPointer, bytes: Int, width: Int)] {
+    let run = run(dim: dim)
+    let codes = (
+      run.base + encoding.payloadBytes(rows: first, dim: dim), encoding.payloadBytes(rows: rows, dim: dim),
+      encoding.kind == .dense ? encoding.type.byteCount : 4
+    )
+    if encoding.kind == .dense { return [codes] }
+    let skipped = encoding.scaleBytes(rows: first, dim: dim)
+    let bytes = encoding.scaleBytes(rows: rows, dim: dim)
+    let width = encoding.type.byteCount
+    return [codes, (run.scales + skipped, bytes, width), (run.minima + skipped, bytes, width)]
+  }
+
+  fileprivate func encode(to writer: inout ByteWriter, dim: Int, backend: any ComputeBackend) {
+    writer.u8(encoding.kind.rawValue)
+    writer.u8(encoding.type.rawValue)
+    writer.u8(UInt8(encoding.bits))
+    writer.u8(0)
+    writer.u32(UInt32(encoding.group))
+    writer.count(rows)
+    writer.count(capacity)
+    writer.count(first)
+    for part in parts(dim: dim) where part.bytes > 0 {
+      var host = [UInt8](unsafeUninitializedCapacity: part.bytes) { buffer, filled in
+        if let base = buffer.baseAddress { backend.copy(from: part.address, toHost: base, byteCount: part.bytes) }
+        filled = part.bytes
+      }
+      swapToLittleEndian(&host, from: 0, width: part.width)
+      writer.raw(host)
+    }
+  }
+
+  /// - Parameter limit: rows there may be.
+  fileprivate init(
+    from reader: inout ByteReader, place: Place, atMost limit: Int, dim: Int, format: SideFormat,
+    backend: any ComputeBackend
+  ) throws(KVError) {
+    let encoding = try Extent.encoding(from: &reader, place: place, format: format)
+    let unit = encoding.rowsPerUnit
+    let rows = try reader.count("rows of an extent", in: 0...limit)
+    guard rows > 0 || place == .end else { throw reader.corrupt("expected rows in an extent; found none") }
+    guard rows % unit == 0 else {
+      throw reader.corrupt("expected whole groups of \(unit) rows; found \(rows) rows")
+    }
+    let roomiest = max(rows, format.growth, RowStore.extentRows + unit)
+    let capacity = try reader.count("room for rows", in: max(rows, 1)...roomiest)
+    guard capacity % unit == 0 else {
+      throw reader.corrupt("expected room for whole groups of \(unit) rows; found \(capacity)")
+    }
+    // Rows leave at the front of a tail only.
+    let first = try reader.count("the first row", in: 0...(place == .body ? 0 : capacity - rows))
+
+    let codes = try reader.raw(encoding.payloadBytes(rows: rows, dim: dim), "rows")
+    if encoding.kind == .dense { try Extent.checkFinite(codes, encoding.type, "elements", &reader) }
+    var data = [codes]
+    if encoding.kind != .dense {
+      for name in ["scales", "minima"] {
+        let bytes = try reader.raw(encoding.scaleBytes(rows: rows, dim: dim), name)
+        try Extent.checkFinite(bytes, encoding.type, name, &reader)
+        data.append(bytes)
+      }
+    }
+
+    try self.init(encoding: encoding, capacity: capacity, dim: dim, backend: backend)
+    self.first = first
+    self.rows = rows
+    for (part, var bytes) in zip(parts(dim: dim), data) {
+      swapToLittleEndian(&bytes, from: 0, width: part.width)
+      bytes.withUnsafeBytes { source in
+        if let base = source.baseAddress { backend.copy(from: base, to: part.address, byteCount: part.bytes) }
+      }
+    }
+  }
+
+  /// An encoding that rows in this place of a store can have.
+  private static func encoding(
+    from reader: inout ByteReader, place: Place, format: SideFormat
+  ) throws(KVError) -> RowEncoding {
+    let start = reader
+    let kind = try reader.u8("the kind of an encoding")
+    let type = try reader.u8("an element type")
+    let bits = try reader.u8("the bits of a code")
+    let zero = try reader.u8("a reserved 0")
+    let group = try reader.u32("the group of an encoding")
+    guard zero == 0 else { throw start.corrupt("expected 0 in a reserved field; found \(zero)") }
+    guard let encoding = RowEncoding(kind: kind, type: type, bits: Int(bits), group: Int(group)) else {
+      throw start.corrupt("expected a known encoding; found kind \(kind), type \(type), \(bits) bits, group \(group)")
+    }
+    // What was decoded again after most of its group was dropped lies dense in the body.
+    let dense = RowEncoding.dense(format.window)
+    let accepted = place == .body && format.body != nil ? [format.body, dense] : [dense]
+    guard place != .body || format.body != nil, accepted.contains(encoding) else {
+      throw start.corrupt(
+        "expected rows in \(accepted.compactMap { $0?.description }.joined(separator: " or ")); found \(encoding)")
+    }
+    return encoding
+  }
+
+  private static func checkFinite(
+    _ bytes: [UInt8], _ type: ElementType, _ what: String, _ reader: inout ByteReader
+  ) throws(KVError) {
+    let finite = bytes.withUnsafeBytes { raw in
+      switch type {
+      case .f32: allBelow(0x7F80_0000 as UInt32, raw)
+      case .bf16: allBelow(0x7F80 as UInt16, raw)
+      default: allBelow(0x7C00 as UInt16, raw)
+      }
+    }
+    guard finite else { throw reader.corrupt("expected finite \(what) before this byte; found NaN or infinity") }
+  }
+
+  /// Whether no number has all bits of `exponent` set. No early end, so that it runs as fast as memory.
+  private static func allBelow<Bits: FixedWidthInteger & BitwiseCopyable>(
+    _ exponent: Bits, _ raw: UnsafeRawBufferPointer
+  ) -> Bool {
+    var clean = true
+    for at in stride(from: 0, to: raw.count, by: MemoryLayout<Bits>.size) {
+      let bits = Bits(littleEndian: raw.loadUnaligned(fromByteOffset: at, as: Bits.self))
+      clean = clean && bits & exponent != exponent
+    }
+    return clean
+  }
+}

@@ -1,0 +1,206 @@
+import KVCompression
+import KVCore
+import Testing
+
+/// Every selection method x every store x schedules, from the registry itself: a new row is tested the day it is
+/// registered.
+@Suite struct ProductTests {
+  /// Small values for the options methods commonly have.
+  static let small: [String: [String]] = [
+    "budget": ["24", "0.4"], "window": ["5"], "kernel": ["3"], "sinks": ["2"], "residual": ["32"],
+    "bits": ["2", "4", "8"], "type": ["f32", "f16", "bf16"], "positions": ["keep"],
+  ]
+
+  /// Texts of a method with every combination of the small values.
+  static func texts(_ method: MethodDescription) -> [String] {
+    var result: [[String]] = [[]]
+    for option in method.options {
+      guard let values = small[option.name], option.name != "window" || method.role == .selection else { continue }
+      result = result.flatMap { base in values.map { base + ["\(option.name)=\($0)"] } }
+    }
+    return result.map { $0.isEmpty ? method.name : "\(method.name)(\($0.joined(separator: ",")))" }
+  }
+
+  static let selections = PolicyRegistry.standard.methods.filter { $0.role == .selection }.flatMap(texts)
+  static let stores =
+    PolicyRegistry.standard.methods.filter { $0.role == .store }.flatMap(texts) + ["kivi(key_bits=3,value_bits=2,residual=64)"]
+
+  /// Schedules a selection may be asked for.
+  static func schedules(_ selection: Selection) -> [(String, Schedule)] {
+    [
+      ("as published", selection.schedule), ("once", Schedule()), ("every 1", Schedule(decodeInterval: 1)),
+      ("every 5", Schedule(decodeInterval: 5)),
+      ("chunks", Schedule(afterPrefillChunks: true, decodeInterval: 3)),
+    ]
+  }
+
+  @Test func registryHasWhatTheProductNeeds() {
+    #expect(Self.selections.count >= 5 && Self.stores.count >= 6)
+  }
+
+  @Test(arguments: stores)
+  func product(store: String) throws {
+    var turn = 0
+    withEvery("selection", in: Self.selections) { text in
+      let made = try PolicyRegistry.standard.policy("\(text)+\(store)")
+      withEvery("schedule", in: Self.schedules(made.selection)) { name, schedule in
+        let geometry = Geometry.all[turn % Geometry.all.count]
+        turn += 1
+        labelled("\(store), \(geometry)") {
+          try Self.life(
+            Policy(made.selection.scheduled(schedule), store: made.tiers[0]), geometry,
+            prompt: [41, 75, 1, 33][turn % 4], decoded: 9, chunk: [7, 16, 64][turn % 3], oracle: turn % 3 == 0)
+        }
+      }
+    }
+  }
+
+  /// Every shape with every store, the whole cache and one method that drops.
+  @Test(arguments: stores)
+  func shapes(store: String) throws {
+    withEvery("geometry", in: Geometry.all) { geometry in
+      withEvery("selection", in: ["", "h2o(budget=20)+"]) { selection in
+        try Self.life(
+          PolicyRegistry.standard.policy(selection + store), geometry, prompt: 67, decoded: 37, chunk: 13,
+          oracle: true)
+      }
+    }
+  }
+
+  static func life(
+    _ policy: Policy, _ geometry: Geometry, prompt: Int, decoded: Int, chunk: Int, oracle: Bool
+  ) throws {
+    let shape = geometry.shape(layers: 2)
+    let backend = try Backend.cpu(threads: 1)
+    let traffic = Traffic(shape, tokens: prompt + decoded, seed: UInt64(prompt))
+    do {
+      let cache = try KVCache(shape: shape, policy: policy, backend: backend)
+      var model = RowModel(policy, shape)
+      for start in stride(from: 0, to: prompt, by: chunk) {
+        let range = start..<min(start + chunk, prompt)
+        for layer in 0..<2 { try traffic.append(cache, layer, range); try traffic.attend(cache, layer, range) }
+        model.append(range.count)
+        try checkCache(cache, model, traffic, contents: false)
+      }
+      try cache.finishPrefill()
+      model.finishPrefill()
+      try checkCache(cache, model, traffic, contents: true)
+      for token in prompt..<prompt + decoded {
+        for layer in 0..<2 {
+          if oracle {
+            try traffic.checkedStep(cache, layer, token..<token + 1)
+          } else {
+            try traffic.append(cache, layer, token..<token + 1)
+            let output = try traffic.attend(cache, layer, token..<token + 1)
+            check(output.allSatisfy(\.isFinite), "output at \(token) is not finite")
+          }
+        }
+        model.append(1)
+        try checkCache(cache, model, traffic, contents: token % 8 == 0)
+      }
+      if estimable(policy) {
+        let estimate = try policy.estimate(shape: shape, prompt: prompt, decoded: decoded, chunk: chunk)
+        check(estimate == cache.bytes, "estimated \(estimate), measured \(cache.bytes)")
+      }
+    }
+    check(backend.memory.liveBytes == 0, "\(backend.memory.liveBytes) bytes left after the cache is gone")
+  }
+
+  /// Whether row counts and memory cannot depend on the data.
+  static func estimable(_ policy: Policy) -> Bool {
+    policy.scorer == nil || policy.tiers[0].spec.name == "dense"
+  }
+
+  static func checkCache(_ cache: KVCache, _ model: RowModel, _ traffic: Traffic, contents: Bool) throws {
+    check(
+      cache.bytes.total == cache.backend.memory.liveBytes,
+      "reports \(cache.bytes.total) bytes, \(cache.backend.memory.liveBytes) are allocated")
+    let dense = cache.policy.tiers[0].spec.name == "dense"
+    let protection = cache.policy.router.protection
+    for layer in cache.shape.layers.indices {
+      check(cache.tokensSeen(layer: layer) == model.seen, "\(cache.tokensSeen(layer: layer)) tokens seen")
+      for head in 0..<cache.shape.layers[layer].kvHeads {
+        let rows = try cache.rows(layer: layer, head: head)
+        check(rows.count == model.rows, "\(rows.count) rows, \(model.rows) expected at \(model.seen) tokens")
+        check(cache.rowsHeld(layer: layer, head: head) == rows.count, "rowsHeld")
+        check(zip(rows, rows.dropFirst()).allSatisfy(<), "positions do not increase: \(rows)")
+        check(rows.allSatisfy { (0..<model.seen).contains($0) }, "positions beyond the tokens: \(rows)")
+        let kept = model.atLastCompression
+        let split = protection.split(kept: kept.rows, of: kept.before)
+        if kept.seen > 0 {
+          // A sink that a tiny budget took in an early compression is gone for good.
+          let sinks = min(split.sinks, model.sinksLeft)
+          check(rows.starts(with: 0..<sinks), "\(sinks) sinks, found \(rows)")
+          let window = model.newestAtLastCompression.suffix(split.window)
+          check(window.allSatisfy(rows.contains), "window \(window) is not all in \(rows)")
+        }
+        if !contents { continue }
+        let held = try cache.read(layer: layer, head: head)
+        check(held.positions == rows && held.logBias.allSatisfy { $0 == 0 }, "read and rows differ")
+        if dense {
+          checkSame(held.keys, rows.flatMap { traffic.key(layer, head, $0) }, "keys of head \(head)")
+          checkSame(held.values, rows.flatMap { traffic.value(layer, head, $0) }, "values of head \(head)")
+        } else {
+          // Affine codes of numbers within ±2 are off by at most half a step of the full range.
+          let bits = cache.policy.tiers[0].spec.options.compactMap { option -> Int? in
+            guard option.name.hasSuffix("bits"), case .integer(let n) = option.value.kind else { return nil }
+            return n
+          }.min() ?? 2
+          let half = 254 / Float(64) / Float(1 << bits - 1) / 2 * 1.01 + 0.01
+          let worst = zip(held.keys, rows.flatMap { traffic.key(layer, head, $0) }).map { abs($0 - $1) }.max() ?? 0
+          check(worst <= half, "a key is off by \(worst), half a step is \(half)")
+        }
+      }
+    }
+  }
+}
+
+/// How many rows each head must hold, from the schedule and the budget alone.
+struct RowModel {
+  let policy: Policy
+  let shape: ModelShape
+  var seen = 0
+  var rows = 0
+  var decoding = false
+  var sinceCompression = 0
+  var sinksLeft = Int.max
+  var atLastCompression = (rows: 0, before: 0, seen: 0)
+  /// Newest positions when last compressed (the window is a suffix of what was appended).
+  var newestAtLastCompression: [Int] { Array(max(0, atLastCompression.seen - 4096)..<atLastCompression.seen) }
+
+  init(_ policy: Policy, _ shape: ModelShape) {
+    self.policy = policy
+    self.shape = shape
+  }
+
+  mutating func append(_ count: Int) {
+    seen += count
+    rows += count
+    if !decoding {
+      if policy.schedule.afterPrefillChunks { compress() }
+      return
+    }
+    guard let interval = policy.schedule.decodeInterval else { return }
+    sinceCompression += count
+    if sinceCompression >= interval {
+      compress()
+      sinceCompression = 0
+    }
+  }
+
+  mutating func finishPrefill() {
+    if policy.schedule.afterPrefill { compress() }
+    decoding = true
+    sinceCompression = 0
+  }
+
+  mutating func compress() {
+    let budget = policy.budget.resolveTokens(
+      tokens: seen, layer: 0, head: 0, layers: shape.layers.count, kvHeads: shape.layers[0].kvHeads, bytesPerRow: 1)
+    if rows > budget {
+      sinksLeft = min(sinksLeft, policy.router.protection.split(kept: budget, of: rows).sinks)
+      atLastCompression = (budget, rows, seen)
+      rows = budget
+    }
+  }
+}

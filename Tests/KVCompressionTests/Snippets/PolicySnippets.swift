@@ -1,0 +1,188 @@
+import KVCompression
+import Testing
+
+/// Keeps the tokens whose keys are shortest. arXiv 2406.11430.
+///
+/// Needs: keys and values only. Runs: after the prompt.
+struct KeyNorm: Scorer {
+  var inputs: RequiredInputs { .none }
+
+  func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
+    let dim = layer.shape.keyDim
+    for head in 0..<layer.kvHeads {
+      let keys = layer.keys(head: head)
+      for row in 0..<layer.rowCount(head: head) {
+        scores[head, row] = -keys[row * dim..<(row + 1) * dim].reduce(0) { $0 + $1 * $1 }
+      }
+    }
+  }
+}
+
+extension Selection {
+  static func keyNorm(budget: Budget = .fraction(0.5), recent: Int = 32) throws(KVError) -> Selection {
+    try BudgetSplit.validate(sinks: 0, window: recent, budget: budget)
+    return Selection(
+      spec: StageSpec(
+        name: "keynorm", options: [SpecOption("budget", budget.specValue), SpecOption("recent", .integer(recent))]),
+      scorer: KeyNorm(), budget: budget, router: TopKRouter(Protection(window: recent)), schedule: Schedule())
+  }
+
+  static let keyNormMethod = MethodDescription(
+    name: "keynorm", role: .selection, summary: "the shortest keys, and a recent window", paper: "arXiv 2406.11430",
+    options: [
+      .init("budget", "tokens, share of the tokens seen, or bytes kept in all"),
+      .init("recent", "newest tokens that always stay"),
+    ]
+  ) { (reader) throws(KVError) in
+    .selection(
+      try .keyNorm(
+        budget: reader.budget("budget", default: .fraction(0.5)),
+        recent: reader.int("recent", default: 32, in: 0...1_048_576)))
+  }
+}
+
+/// Shares the rows of a layer between its heads: the best rows stay, whichever head holds them. After Ada-KV.
+struct AdaptiveHeads: Allocator {
+  func allocate(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]] {
+    requests.map { request in
+      var kept = request.rows.map { min($0, request.protection.window) }
+      var candidates: [(score: Float, head: Int)] = []
+      for head in request.rows.indices {
+        for row in 0..<request.rows[head] - kept[head] { candidates.append((request.scores[head, row], head)) }
+      }
+      candidates.sort { $0.score != $1.score ? $0.score > $1.score : $0.head < $1.head }
+      let total = zip(request.rows, request.budget).reduce(0) { $0 + min($1.0, $1.1) }
+      for winner in candidates.prefix(max(0, total - kept.reduce(0, +))) { kept[winner.head] += 1 }
+      return kept
+    }
+  }
+}
+
+/// The code of "Write your own policy" and of the method pages.
+@Suite struct PolicySnippets {
+  let shape = ModelShape(layerCount: 2, queryHeads: 4, kvHeads: 2, headDim: 64)
+
+  func numbers(_ count: Int, step: Int) -> [Float] {
+    (0..<count).map { (index: Int) -> Float in
+      let residue = (index * step + index / 64 * 11) % 101
+      return Float(residue) / 101 - 0.5
+    }
+  }
+
+  func fill(_ cache: KVCache, tokens: Int) throws {
+    for layer in 0..<2 {
+      let k = numbers(2 * tokens * 64, step: 37)
+      let q = numbers(4 * tokens * 64, step: 53)
+      var output = [Float](repeating: 0, count: 4 * tokens * 64)
+      var span = output.mutableSpan
+      var target = try MutableTensorView(&span, heads: 4, tokens: tokens, dim: 64)
+      try cache.append(
+        layer: layer, keys: TensorView(k.span, heads: 2, tokens: tokens, dim: 64),
+        values: TensorView(k.span, heads: 2, tokens: tokens, dim: 64))
+      try cache.attend(
+        layer: layer, queries: TensorView(q.span, heads: 4, tokens: tokens, dim: 64), into: &target)
+    }
+  }
+
+  @Test func ownScorer() throws {
+    var registry = PolicyRegistry.standard
+    registry.register(Selection.keyNormMethod)
+    let policy = try registry.policy("keynorm(budget=0.25)+kivi(bits=4)")
+
+    let cache = try KVCache(shape: shape, policy: policy, backend: .cpu())
+    try fill(cache, tokens: 256)
+    try cache.finishPrefill()
+    #expect(cache.rowsHeld(layer: 1, head: 1) == 64)
+    #expect(policy.spec.description.hasPrefix("keynorm(budget=0.25,recent=32)+kivi(bits=4"))
+  }
+
+  @Test func ownAllocator() throws {
+    let chosen = try Selection.snapKV(budget: .fraction(0.25), window: 8)
+    let adaptive = Selection(
+      spec: nil, scorer: chosen.scorer, budget: chosen.budget, allocator: AdaptiveHeads(), router: chosen.router,
+      schedule: chosen.schedule)
+    let policy = Policy(adaptive, store: .dense(.f16))
+
+    let cache = try KVCache(shape: shape, policy: policy, backend: .cpu())
+    try fill(cache, tokens: 128)
+    try cache.finishPrefill()
+    #expect(cache.rowsHeld(layer: 0, head: 0) + cache.rowsHeld(layer: 0, head: 1) == 64)
+  }
+
+  @Test func ownStore() throws {
+    let sixAndTwo = Store(
+      spec: StageSpec(name: "channel8-token4"),
+      keys: try .blocks(of: 64, window: .bf16, body: .affinePerChannel(bits: 8, group: 64, metadata: .bf16)),
+      values: try .newest(64, window: .bf16, body: .affinePerToken(bits: 4, group: 64, metadata: .bf16)))
+    let policy = Policy(try .h2o(budget: .tokens(128)), store: sixAndTwo)
+
+    let cache = try KVCache(shape: shape, policy: policy, backend: .cpu())
+    try fill(cache, tokens: 200)
+    try cache.finishPrefill()
+    #expect(cache.rowsHeld(layer: 0, head: 0) == 128)
+    #expect(cache.bytes.total == cache.backend.memory.liveBytes)
+  }
+
+  @Test func twoTiers() throws {
+    let important = try Selection.h2o(budget: .fraction(0.2))
+    let mixed = Selection(
+      spec: nil, scorer: important.scorer, budget: important.budget,
+      router: TopKRouter(important.router.protection, others: .tier(1)), schedule: important.schedule)
+    let coarse = Store(
+      spec: StageSpec(name: "coarse"),
+      keys: try .newest(0, window: .f16, body: .affinePerToken(bits: 2, group: 32)),
+      values: try .newest(0, window: .f16, body: .affinePerToken(bits: 2, group: 32)))
+    let policy = Policy(mixed, tiers: [.dense(.f16), coarse])
+
+    let cache = try KVCache(shape: shape, policy: policy, backend: .cpu())
+    try fill(cache, tokens: 100)
+    try cache.finishPrefill()
+    #expect(cache.rowsHeld(layer: 0, head: 0) == 100)
+  }
+
+  @Test func methods() throws {
+    let dense = Policy(store: .dense(.bf16))
+    let streaming = Policy(try .streamingLLM(sinks: 4, recent: 1020, positions: .keep), store: .dense(.f16))
+    let h2o = Policy(try .h2o(budget: .fraction(0.2), recentShare: 0.5, every: 1), store: .dense(.f16))
+    let snapKV = Policy(try .snapKV(budget: .tokens(1024), window: 32, kernel: 7, pooling: .max), store: .dense(.f16))
+    let kivi = Policy(store: try .kivi(keyBits: 4, valueBits: 2))
+    let both = Policy(try .snapKV(budget: .fraction(0.25)), store: try .kivi(keyBits: 2))
+
+    for policy in [dense, streaming, h2o, snapKV, kivi, both] {
+      #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
+    }
+  }
+
+  @Test func texts() throws {
+    let registry = PolicyRegistry.standard
+    let policy = try registry.policy("snapkv(budget=25%)+kivi(bits=4)")
+    let same = try registry.policy(
+      #"{"stages":[{"name":"snapkv","options":{"budget":0.25}},{"name":"kivi","options":{"bits":4}}]}"#)
+    print(policy.spec)  // every option with its value
+
+    #expect(policy.spec == same.spec)
+
+    do {
+      _ = try registry.policy("snapkw(budget=2048)")
+    } catch {
+      print(error)  // unknown name at byte 0: no method is called "snapkw"; did you mean "snapkv"? …
+    }
+
+    #expect(throws: KVError.self) { try registry.policy("snapkw(budget=2048)") }
+  }
+
+  @Test func saveAndLoad() throws {
+    let policy = try PolicyRegistry.standard.policy("kivi(bits=2)")
+    let cache = try KVCache(shape: shape, policy: policy, backend: .cpu())
+    try fill(cache, tokens: 150)
+    try cache.finishPrefill()
+
+    let bytes = try cache.saved()  // or save(to: path)
+    let description = try KVCache.savedDescription(of: bytes)
+    print(description.policy, description.tokensSeen)
+    let restored = try KVCache.load(saved: bytes, backend: .cpu())
+
+    #expect(restored.bytes.total == cache.bytes.total)
+    #expect(restored.tokensSeen(layer: 0) == 150)
+  }
+}
