@@ -22,8 +22,7 @@ KVLAB_FLAGS += --text $(TEXT)
 endif
 
 ifneq ($(strip $(QUICK)),)
-POLICIES ?= f16,streaming(recent=124),h2o(budget=0.25),snapkv(budget=0.25),kivi,snapkv(budget=0.25)+kivi
-CONTEXT ?= 512
+KVLAB_FLAGS += --quick
 BENCH_FLAGS ?= --filter T4096
 endif
 ifneq ($(strip $(POLICIES)),)
@@ -49,7 +48,8 @@ test-library: setup
 
 test-kernels: setup
 	@echo "== C kernels against the portable reference"
-	@bash Tests/CKernels/run.sh
+	@mkdir -p .build/ckernels
+	@CC="$${CC:-$$(.ci/clang)}" OUT="$(CURDIR)/.build/ckernels" bash Tests/CKernels/run.sh
 
 test-examples: setup
 	@echo "== examples (release)"

@@ -8,6 +8,8 @@
 
 #include "lanes_avx2.h"
 
+#include "lanes_typed.h"
+
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 

@@ -9,6 +9,8 @@
 
 #include "lanes_avx512.h"
 
+#include "lanes_typed.h"
+
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 

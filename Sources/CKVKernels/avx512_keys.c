@@ -18,9 +18,12 @@
 
 #include "lanes_avx512.h"
 
-#include "lanes_coding.h"
+#include "lanes_typed.h"
 
 enum { BLOCK = 32, QUERIES = 4, PLANES = 3 };
+
+/* How far ahead codes and metadata are asked for, in bytes. */
+enum { AHEAD = 8192, META_AHEAD = 1024 };
 
 /* The largest magnitude of three signed digits of base 256, with room for rounding. */
 static const float full_range = 8355000.0f;
@@ -59,8 +62,11 @@ CKV_INLINE void fold_products(const ckv_run *run, uint32_t type, uint32_t g, con
   for (uint32_t j = 0; j < QUERIES; j++) bias[j] = high[j] = vf_zero();
   for (uint32_t c = 0; c < dim; c += 16) {
     uint32_t n = ckv_min_u32(16, dim - c);
-    vf s = vf_load_as_n(ckv_offset(run->scale, type, (size_t)g * dim + c), type, n);
-    vf mn = vf_load_as_n(ckv_offset(run->min, type, (size_t)g * dim + c), type, n);
+    const void *s_at = ckv_offset(run->scale, type, (size_t)g * dim + c);
+    const void *mn_at = ckv_offset(run->min, type, (size_t)g * dim + c);
+    __builtin_prefetch((const char *)s_at + META_AHEAD);
+    __builtin_prefetch((const char *)mn_at + META_AHEAD);
+    vf s = vf_load_as_n(s_at, type, n), mn = vf_load_as_n(mn_at, type, n);
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
       vf y = vf_load_n(q + j * q_stride + c, n), product = y * s;
@@ -114,11 +120,17 @@ CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t 
   if (bits >= 4) {
     const uint32_t first = bits == 8 ? 4 * half : 0;
     CKV_UNROLL
-    for (uint32_t w = 0; w < 4; w++) x[w] = transpose_bytes(vi_load_n(words + (size_t)(first + w) * dim, n));
+    for (uint32_t w = 0; w < 4; w++) {
+      const uint32_t *from = words + (size_t)(first + w) * dim;
+      __builtin_prefetch((const char *)from + AHEAD);
+      x[w] = transpose_bytes(vi_load_n(from, n));
+    }
     transpose_lanes(x, quads);
     return;
   }
-  __m512i low = transpose_bytes(vi_load_n(words + (size_t)half * dim, n)), high = low;
+  words += (size_t)half * dim;
+  __builtin_prefetch((const char *)words + AHEAD);
+  __m512i low = transpose_bytes(vi_load_n(words, n)), high = low;
   if (bits == 3) {
     /* Byte d of the low word is rows 16 * half + 4d ..< +4: a nibble of byte 2 * half + d / 2 of the high word. */
     const __m512i bytes = _mm512_add_epi8(

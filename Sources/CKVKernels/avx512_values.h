@@ -3,7 +3,11 @@
  * A vector holds the code words of a row (of two or four rows when they are short); its lanes are words, and code k
  * of all lanes belongs to channel word * (32/bits) + k. So accumulators are kept by (k, word), and put in the order
  * of channels once a call. The scale goes into the weight, the min into one sum for every group. Codes are masked but
- * not shifted down: converted where they stand they are larger by a power of two, which is taken out at the end. */
+ * not shifted down: converted where they stand they are larger by a power of two, which is taken out at the end.
+ *
+ * Every lane needs the weight of its row and group. Where groups are of 32 channels and rows fill vectors, words are
+ * permuted so that the weights of neighbouring lanes are neighbours in memory too, and repeat: one broadcasting load.
+ * Otherwise the weights of all lanes are written out. */
 
 /* How codes, weights and metadata of a run lie in vectors. */
 typedef struct {
@@ -15,9 +19,14 @@ typedef struct {
   uint32_t groups;       /* groups of channels */
   uint32_t words_a_group;
   uint32_t rows_a_meta;  /* rows whose scales fit in one vector */
+  uint32_t period;       /* weights that repeat along the lanes; 16: all lanes are written out */
+  /* Where weights lie, in floats from set to set, from vector to vector, from query row to query row. */
+  size_t weight_set, weight_vector, weight_query;
 } v_layout;
 
 enum { V_TILE = 64 };
+
+typedef double v_double __attribute__((aligned(4), may_alias)); /* two floats at once */
 
 /* Bits below code k where it stands. The high words of bits = 3 are brought down first, to leave room for a bit. */
 CKV_INLINE uint32_t v_below(uint32_t bits, uint32_t k) { return bits == 3 ? k % 8 * 2 : k * bits; }
@@ -32,15 +41,32 @@ static bool v_layout_of(const ckv_run *run, v_layout *l) {
   l->groups = (run->dim + run->group - 1) / run->group;
   l->words_a_group = run->group / l->per;
   l->rows_a_meta = 16 % l->groups == 0 ? 16 / l->groups : 1;
+  bool repeats = run->group == 32 && l->rows_a_vector * l->words % 16 == 0;
+  l->period = repeats ? 16 / l->words_a_group : 16;
+  l->weight_set = repeats ? l->rows_a_vector * l->groups : l->vectors * V_QUERIES * 16;
+  l->weight_vector = repeats ? l->period : V_QUERIES * 16;
+  l->weight_query = repeats ? V_TILE * 16 + 16 : 16;
   /* A word must not straddle groups; otherwise, and with very many groups, rows are decoded first. */
   return run->group % l->per == 0 && l->groups <= 16 && l->rows_a_meta % l->rows_a_vector == 0;
 }
 
-CKV_INLINE __m512i v_lane(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+/* The word in each lane: words of one group are `period` lanes apart. */
+CKV_INLINE __m512i v_lane(const uint32_t period) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i group = _mm512_and_si512(lane, _mm512_set1_epi32((int)period - 1));
+  const uint32_t log = (uint32_t)__builtin_ctz(period);
+  return _mm512_add_epi32(_mm512_slli_epi32(group, 4 - log), _mm512_srli_epi32(lane, log));
+}
 
-/* weights[(set * vectors + v) * V_QUERIES + j]: p * scale of the rows of a set, for every lane of vector v.
- * min_sum[j]: sums of p * min, lanes as in memory, modulo rows. The vectors of meta_lane say which lane of the
- * rows_a_meta rows of metadata belongs to each lane of those rows' vectors of words. */
+CKV_INLINE vf v_repeat(const float *p, const uint32_t period) {
+  if (period == 2) return _mm512_castpd_ps(_mm512_set1_pd(*(const v_double *)p));
+  if (period == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+  if (period == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+  return vf_load(p);
+}
+
+/* Weights p * scale of a tile. min_sum[j]: sums of p * min, lanes as in memory, modulo rows. When all lanes are written
+ * out the vectors of meta_lane say which lane of the metadata of rows_a_meta rows belongs to each lane of words. */
 CKV_INLINE void v_weights(const ckv_run *run, const v_layout *l, uint32_t type, uint32_t first, uint32_t n,
                           const float *p, const uint32_t nq, size_t ld, const uint32_t *meta_lane,
                           const uint32_t *row_lane, float *weights, float *min_sum) {
@@ -58,8 +84,11 @@ CKV_INLINE void v_weights(const ckv_run *run, const v_layout *l, uint32_t type, 
       vf weight = _mm512_permutexvar_ps(row_of_lane, vf_load_n(p + j * ld + i, rows));
       mins[j] = vf_fma(weight, mn, mins[j]);
       w[j] = weight * s;
+      /* Lanes past the last row are zero, or overwritten next. */
+      if (l->period < 16) vf_store(weights + j * l->weight_query + i * l->groups, w[j]);
     }
-    float *to = weights + (size_t)(i / l->rows_a_vector) * l->vectors * V_QUERIES * 16;
+    if (l->period < 16) continue;
+    float *to = weights + (size_t)(i / l->rows_a_vector) * l->weight_set;
     const uint32_t count = (rows + l->rows_a_vector - 1) / l->rows_a_vector * l->vectors;
     for (uint32_t x = 0; x < count; x++) {
       __m512i from = _mm512_loadu_si512(meta_lane + 16 * x);
@@ -81,8 +110,9 @@ CKV_INLINE __m512i v_words(const v_layout *l, const uint32_t bits, const bool pa
 }
 
 /* The bits of the high plane of bits = 3 for the codes of each lane's word, from bit 0 on. */
-CKV_INLINE __m512i v_high_plane(const v_layout *l, const bool paired, const uint32_t *row, __mmask16 mask, uint32_t v) {
-  const __m512i lane = v_lane(), half = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4);
+CKV_INLINE __m512i v_high_plane(const v_layout *l, const bool paired, const uint32_t *row, __mmask16 mask, uint32_t v,
+                                const __m512i lane) {
+  const __m512i half = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4);
   const uint32_t *from = row + l->words;
   __m512i high;
   if (paired) {
@@ -95,14 +125,17 @@ CKV_INLINE __m512i v_high_plane(const v_layout *l, const bool paired, const uint
 }
 
 /* Four code positions from `k` on of one vector of words, over `sets` sets of rows. */
-CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t k, uint32_t v,
-                            const uint32_t *row, uint32_t sets, __mmask16 mask, const uint32_t nq,
+CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t period,
+                            const uint32_t k, uint32_t v, const uint32_t *row, uint32_t sets, __mmask16 mask, const uint32_t nq,
                             const float *weight, vf sum[V_QUERIES][4]) {
-  const size_t row_step = (size_t)l->rows_a_vector * l->row_words, weight_step = (size_t)l->vectors * V_QUERIES * 16;
+  const size_t row_step = (size_t)l->rows_a_vector * l->row_words;
+  const __m512i lane = v_lane(period);
   const uint32_t low = bits == 3 ? 3 : (1u << bits) - 1;
-  for (; sets; sets--, row += row_step, weight += weight_step) {
-    __builtin_prefetch((const char *)(row + 16 * v) + 1024);
-    __m512i w = v_words(l, bits, paired, row, mask, v), high = bits == 3 ? v_high_plane(l, paired, row, mask, v) : w;
+  for (; sets; sets--, row += row_step, weight += l->weight_set) {
+    __builtin_prefetch((const char *)(row + 16 * v) + 8192);
+    __m512i w = v_words(l, bits, paired, row, mask, v), high = w;
+    if (bits == 3) high = v_high_plane(l, paired, row, mask, v, lane);
+    if (period < 16) w = _mm512_permutexvar_epi32(lane, w);
     if (bits == 3 && k >= 8) w = _mm512_srli_epi32(w, 16);
     vf x[4];
     CKV_UNROLL
@@ -118,15 +151,15 @@ CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool p
     }
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
-      vf y = vf_load(weight + j * 16);
+      vf y = v_repeat(weight + j * l->weight_query, period);
       CKV_UNROLL
       for (uint32_t t = 0; t < 4; t++) sum[j][t] = vf_fma(y, x[t], sum[j][t]);
     }
   }
 }
 
-CKV_INLINE void v_tile_quad(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t k, uint32_t v,
-                            const uint32_t *words, uint32_t n, const uint32_t nq, const float *weights, float *acc,
+CKV_INLINE void v_tile_quad(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t period,
+                            const uint32_t k, uint32_t v, const uint32_t *words, uint32_t n, const uint32_t nq, const float *weights, float *acc,
                             size_t acc_stride) {
   vf sum[V_QUERIES][4];
   CKV_UNROLL
@@ -135,12 +168,12 @@ CKV_INLINE void v_tile_quad(const v_layout *l, const uint32_t bits, const bool p
     for (uint32_t t = 0; t < 4; t++) sum[j][t] = vf_load(acc + j * acc_stride + t * 16);
   const uint32_t sets = n / l->rows_a_vector, rest = n % l->rows_a_vector;
   const __mmask16 mask = v_first(ckv_min_u32(16, l->rows_a_vector * l->words - 16 * v));
-  const float *weight = weights + (size_t)v * V_QUERIES * 16;
-  v_quad_sets(l, bits, paired, k, v, words, sets, mask, nq, weight, sum);
+  const float *weight = weights + v * l->weight_vector;
+  v_quad_sets(l, bits, paired, period, k, v, words, sets, mask, nq, weight, sum);
   if (rest) { /* the rows that do not fill a set */
     words += (size_t)sets * l->rows_a_vector * l->row_words;
-    weight += (size_t)sets * l->vectors * V_QUERIES * 16;
-    v_quad_sets(l, bits, paired, k, v, words, 1, v_first(rest * l->words), nq, weight, sum);
+    weight += sets * l->weight_set;
+    v_quad_sets(l, bits, paired, period, k, v, words, 1, v_first(rest * l->words), nq, weight, sum);
   }
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++)
@@ -161,10 +194,17 @@ CKV_INLINE void v_tile_queries(const ckv_run *run, const v_layout *l, const uint
     float *to = acc + (size_t)v * quads * 64;
     CKV_UNROLL
     for (uint32_t k = 0; k < quads; k++) {
-      if (bits == 3 && l->rows_a_vector == 2)
-        v_tile_quad(l, bits, true, 4 * k, v, words, n, nq, weights, to + 64 * k, acc_stride);
+      const uint32_t period = bits == 8 ? 2 : bits == 4 ? 4 : 8; /* for groups of 32 */
+      const bool paired = bits == 3 && l->rows_a_vector == 2;
+      float *at = to + 64 * k;
+      if (l->period < 16 && paired)
+        v_tile_quad(l, bits, bits == 3, period, 4 * k, v, words, n, nq, weights, at, acc_stride);
+      else if (l->period < 16)
+        v_tile_quad(l, bits, false, period, 4 * k, v, words, n, nq, weights, at, acc_stride);
+      else if (paired)
+        v_tile_quad(l, bits, bits == 3, 16, 4 * k, v, words, n, nq, weights, at, acc_stride);
       else
-        v_tile_quad(l, bits, false, 4 * k, v, words, n, nq, weights, to + 64 * k, acc_stride);
+        v_tile_quad(l, bits, false, 16, 4 * k, v, words, n, nq, weights, at, acc_stride);
     }
   }
 }
@@ -175,14 +215,18 @@ CKV_INLINE void v_spread(const ckv_run *run, const v_layout *l, const uint32_t p
   float mins[16] = {0}, by_word[16 * 16], powers[16];
   for (uint32_t k = 0; k < 16; k++) powers[k] = k < per ? ckv_float_of((127 - v_below(run->bits, k)) << 23) : 0;
   const vf down = vf_load(powers);
+  uint32_t words[16], lane_of[16];
+  _mm512_storeu_si512(words, v_lane(l->period));
+  for (uint32_t i = 0; i < 16; i++) lane_of[words[i]] = i;
   for (uint32_t row = 0; row < l->rows_a_meta; row++)
     for (uint32_t g = 0; g < l->groups; g++) mins[g] += min_sum[row * l->groups + g];
   for (uint32_t w = 0, g = 0, word_of_group = 0; w < l->words; w++) {
     /* Sixteen words at a time; positions from `per` on are of no interest. */
     if (w % 16 == 0) vf_transpose(sums + (size_t)w * per, 16, by_word, 16);
     uint32_t n = ckv_min_u32(per, run->dim - w * per);
-    vf sum = vf_load(by_word + w % 16 * 16);
-    for (uint32_t t = 1; t < l->rows_a_vector; t++) sum = sum + vf_load(by_word + (w + t * l->words) * 16);
+    vf sum = vf_zero();
+    for (uint32_t x = w % 16; x < 16 && x < l->rows_a_vector * l->words; x += l->words)
+      sum = sum + vf_load(by_word + lane_of[x] * 16);
     sum = vf_fma(sum, down, vf_set1(mins[g]));
     vf_store_n(acc + w * per, vf_load_n(acc + w * per, n) + sum, n);
     if (++word_of_group == l->words_a_group) word_of_group = 0, g++;

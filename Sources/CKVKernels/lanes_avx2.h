@@ -16,11 +16,16 @@ CKV_INLINE vf vf_set1(float x) { return _mm256_set1_ps(x); }
 CKV_INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 CKV_INLINE vf vf_load_n(const float *p, uint32_t n) { return _mm256_maskload_ps(p, v_first(n)); }
 CKV_INLINE void vf_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
-CKV_INLINE void vf_store_n(float *p, vf x, uint32_t n) { _mm256_maskstore_ps(p, v_first(n), x); }
+/* Masked stores are slow on some CPUs: whole vectors do without. */
+CKV_INLINE void vf_store_n(float *p, vf x, uint32_t n) {
+  if (n == VN) _mm256_storeu_ps(p, x);
+  else _mm256_maskstore_ps(p, v_first(n), x);
+}
 
 /* There are no masked 16-bit accesses: short ones go through memory. */
 CKV_INLINE __m128i v_load_half_n(const void *p, uint32_t n) {
   uint16_t h[8] = {0};
+  if (n == 4) return _mm_loadl_epi64((const __m128i *)p);
   memcpy(h, p, (size_t)n * 2);
   return _mm_loadu_si128((const __m128i *)h);
 }
@@ -90,7 +95,10 @@ CKV_INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
 CKV_INLINE vi vi_load_n(const uint32_t *p, uint32_t n) { return _mm256_maskload_epi32((const int *)p, v_first(n)); }
 CKV_INLINE vi vi_load(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 CKV_INLINE void vi_store(uint32_t *p, vi x) { _mm256_storeu_si256((__m256i *)p, x); }
-CKV_INLINE void vi_store_n(uint32_t *p, vi x, uint32_t n) { _mm256_maskstore_epi32((int *)p, v_first(n), x); }
+CKV_INLINE void vi_store_n(uint32_t *p, vi x, uint32_t n) {
+  if (n == VN) vi_store(p, x);
+  else _mm256_maskstore_epi32((int *)p, v_first(n), x);
+}
 CKV_INLINE vi vi_set1(uint32_t x) { return _mm256_set1_epi32((int)x); }
 CKV_INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 CKV_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }

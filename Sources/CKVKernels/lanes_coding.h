@@ -1,21 +1,6 @@
 /* Conversion, encoding and decoding, written once for every vector level. A level's .c file includes its vocabulary
  * (lanes_avx512.h and so on) and then this. No operation here is fused: all levels give the bits of portable.c. */
 
-/* ---- typed loads and stores, the type known after inlining ----------------------------------------------------- */
-
-CKV_INLINE vf vf_load_as(const void *p, uint32_t type) {
-  return type == CKV_F32 ? vf_load(p) : type == CKV_F16 ? vf_load_f16(p) : vf_load_bf16(p);
-}
-CKV_INLINE vf vf_load_as_n(const void *p, uint32_t type, uint32_t n) {
-  if (n == VN) return vf_load_as(p, type);
-  return type == CKV_F32 ? vf_load_n(p, n) : type == CKV_F16 ? vf_load_f16_n(p, n) : vf_load_bf16_n(p, n);
-}
-CKV_INLINE void vf_store_as_n(void *p, uint32_t type, vf x, uint32_t n) {
-  if (type == CKV_F32) vf_store_n(p, x, n);
-  else if (type == CKV_F16) vf_store_f16_n(p, x, n);
-  else vf_store_bf16_n(p, x, n);
-}
-
 CKV_INLINE void v_convert(void *dst, uint32_t dst_type, const void *src, uint32_t src_type, size_t n) {
   size_t from = ckv_size_of(src_type), to = ckv_size_of(dst_type);
   for (size_t i = 0; i < n; i += VN) {
@@ -248,28 +233,32 @@ CKV_INLINE vi v_row_codes(const uint32_t *plane, uint32_t words, uint32_t bits, 
 
 CKV_INLINE void v_decode_row(const ckv_run *run, uint32_t bits, uint32_t first, uint32_t count, float *out,
                              size_t out_stride) {
+  float scales[4096 + VN], mins[4096 + VN]; /* of one row, as f32 */
   uint32_t dim = run->dim, group = run->group, groups = (dim + group - 1) / group, type = run->dtype;
   uint32_t words = ckv_row_words(dim, bits), low_words = bits == 3 ? ckv_plane_words(dim, 2) : words;
   for (uint32_t i = 0; i < count; i++) {
     const uint32_t *row = (const uint32_t *)run->data + (size_t)(first + i) * words;
     size_t meta = (size_t)(first + i) * groups;
     float *to = out + i * out_stride;
-    for (uint32_t c = 0; c < dim; c += VN) {
+    convert(scales, CKV_F32, ckv_offset(run->scale, type, meta), type, groups);
+    convert(mins, CKV_F32, ckv_offset(run->min, type, meta), type, groups);
+    for (uint32_t c = 0, g = 0, group_end = group; c < dim; c += VN) {
       vi code = v_row_codes(row, low_words, bits == 3 ? 2 : bits, c);
       if (bits == 3) code = vi_or(code, vi_left(v_row_codes(row + low_words, words - low_words, 1, c), 2));
-      uint32_t n = ckv_min_u32(VN, dim - c), g = c / group;
+      uint32_t n = ckv_min_u32(VN, dim - c);
+      while (c >= group_end) g++, group_end += group;
       vf s, mn;
-      if (group % VN == 0) {
-        s = vf_set1(ckv_load_scalar(run->scale, type, meta + g));
-        mn = vf_set1(ckv_load_scalar(run->min, type, meta + g));
-      } else {
-        float scales[VN] = {0}, mins[VN] = {0};
+      if (c + n <= group_end) {
+        s = vf_set1(scales[g]);
+        mn = vf_set1(mins[g]);
+      } else { /* lanes of several groups */
+        float lane_scales[VN] = {0}, lane_mins[VN] = {0};
         for (uint32_t k = 0; k < n; k++) {
-          scales[k] = ckv_load_scalar(run->scale, type, meta + (c + k) / group);
-          mins[k] = ckv_load_scalar(run->min, type, meta + (c + k) / group);
+          lane_scales[k] = scales[(c + k) / group];
+          lane_mins[k] = mins[(c + k) / group];
         }
-        s = vf_load(scales);
-        mn = vf_load(mins);
+        s = vf_load(lane_scales);
+        mn = vf_load(lane_mins);
       }
       vf product = vf_from_vi(code) * s;
       if (n == VN) vf_store(to + c, product + mn);

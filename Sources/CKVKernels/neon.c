@@ -6,6 +6,8 @@
 
 #include "lanes_neon.h"
 
+#include "lanes_typed.h"
+
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 

@@ -285,8 +285,10 @@ extension CPUBackend {
           sequence.queries + (head * sequence.queryHeadStride + token * sequence.queryTokenStride) * size
         let row = target + (local * sequence.group + member) * sequence.keyDim
         convert(row, UInt32(ElementType.f32.rawValue), source, UInt32(sequence.queryType.rawValue), sequence.keyDim)
-        if work.shift != 0, let rotary = sequence.rotary, sequence.firstPosition != Int.max {
-          let position = sequence.firstPosition + token
+        if work.shift != 0, let rotary = sequence.rotary {
+          // Only the difference matters; queries that see everything have no position of their own.
+          let position =
+            sequence.firstPosition == Int.max ? work.shift : sequence.firstPosition + token
           rotary.move(row: row, from: position, to: position - work.shift)
         }
       }

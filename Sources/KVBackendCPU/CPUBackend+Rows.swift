@@ -50,12 +50,38 @@ extension CPUBackend {
             sourceType, dim)
         }
       }
-      // Only f16 has a smaller range than what came; the check is before any of this counts as a row.
-      if target.range == .f16, view.type != .f16, let index = firstBeyondHalf(base, type, slice.count * dim) {
+      // The check is on what was written, before any of it counts as a row.
+      if let index = firstBeyond(target.range, base, type, slice.count * dim, source: view.type) {
         return ElementPlace(head: target.head, token: target.token + index / dim, channel: index % dim)
       }
     }
     return nil
+  }
+
+  /// Index of the first converted element that its range does not hold.
+  private func firstBeyond(
+    _ range: ElementRange, _ elements: UnsafeRawPointer, _ type: ElementType, _ count: Int, source: ElementType
+  ) -> Int? {
+    if type != .f32, type != source {
+      let index = kernels.pointee.first_nonfinite!(elements, UInt32(type.rawValue), count)
+      if index >= 0 { return Int(index) }
+    }
+    switch range {
+    case .window: return nil
+    case .half: return source == .f16 || type == .f16 ? nil : firstBeyondHalf(elements, type, count)
+    case .halfOfFloat: return firstBeyondHalfOfFloat(elements, type, count)
+    }
+  }
+
+  /// Index of the first element above half of what f32 holds: the exponent field at its largest finite value.
+  private func firstBeyondHalfOfFloat(_ elements: UnsafeRawPointer, _ type: ElementType, _ count: Int) -> Int? {
+    let limit = Float.greatestFiniteMagnitude / 2
+    if type == .f32 {
+      let values = UnsafeBufferPointer(start: elements.assumingMemoryBound(to: Float.self), count: count)
+      return values.firstIndex { abs($0) > limit }
+    }
+    let bits = UnsafeBufferPointer(start: elements.assumingMemoryBound(to: UInt16.self), count: count)
+    return type == .bf16 ? bits.firstIndex { abs(Float(bitPattern: UInt32($0) << 16)) > limit } : nil
   }
 
   /// Index of the first element that is infinite in f16.
@@ -146,6 +172,18 @@ extension CPUBackend {
     (target.minima + scaleTo).copyMemory(from: source.run.minima + scaleFrom, byteCount: scaleBytes)
   }
 
+  /// A decoded code can exceed the value it was made from by half a step: near the end of the f16 range that is infinity.
+  private func saturateHalf(_ elements: UnsafeMutableRawPointer, _ count: Int) {
+    var start = 0
+    while start < count {
+      let index = kernels.pointee.first_nonfinite!(elements + start * 2, UInt32(ElementType.f16.rawValue), count - start)
+      if index < 0 { return }
+      start += Int(index)
+      let bits = (elements + start * 2).assumingMemoryBound(to: UInt16.self)
+      bits.pointee = bits.pointee & 0x8000 | 0x7BFF
+    }
+  }
+
   /// Writes f32 rows into a run of any encoding.
   private func encode(_ rows: UnsafePointer<Float>, rows count: Int, to target: RowRun, row: Int) {
     let encoding = target.encoding
@@ -157,6 +195,7 @@ extension CPUBackend {
     switch encoding.kind {
     case .dense:
       kernels.pointee.convert!(data, type, rows, f32, count * dim)
+      if encoding.type == .f16 { saturateHalf(data, count * dim) }
     case .affinePerChannel:
       kernels.pointee.encode_channel!(
         rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,

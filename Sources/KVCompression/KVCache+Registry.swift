@@ -8,8 +8,8 @@ extension KVCache {
   /// - Parameters:
   ///   - registry: makes the policy from its text.
   ///   - inputs: what the engine supplies from now on; nil: as saved.
-  /// - Throws: as `load(from:policy:shape:backend:)`, and `unknownName` or `invalidOption` when the registry cannot make
-  ///   the policy.
+  /// - Throws: as `load(from:policy:shape:backend:)`, and `unknownName` or `invalidOption` when the registry cannot
+  ///   make the policy.
   public static func load(
     from path: String, backend: Backend, registry: PolicyRegistry = .standard, inputs: EngineInputs? = nil
   ) throws(KVError) -> KVCache {

@@ -29,7 +29,11 @@ extension Selection {
     guard kernel >= 1, kernel % 2 == 1, kernel <= 65_535 else {
       throw KVError(.invalidOption, "snapkv's kernel must be odd and at least 1; got \(kernel)")
     }
-    try BudgetSplit.validate(sinks: 0, window: window + 1, budget: budget)
+    try BudgetSplit.validate(sinks: 0, window: window, budget: budget)
+    if budget.leaves.contains(.tokens(window)) {
+      throw KVError(
+        .invalidOption, "a snapkv budget of \(window) tokens leaves none to choose beside a window of \(window)")
+    }
     if let every, every < 1 {
       throw KVError(.invalidOption, "selecting every \(every) tokens does not exist; at least 1, or never")
     }

@@ -32,7 +32,7 @@ echo "== arm64 under qemu"
 if [ "$(uname -m)" != aarch64 ] && command -v qemu-aarch64 >/dev/null && [ -d /usr/aarch64-linux-gnu ]; then
   # shellcheck disable=SC2086
   $CC --target=aarch64-linux-gnu $FLAGS -O2 -static $SOURCES -o "$OUT/harness-arm64" -lpthread -lm
-  qemu-aarch64 "$OUT/harness-arm64" check "$@"
+  qemu-aarch64 "$OUT/harness-arm64" check
 else
   echo "skipped: needs qemu-user, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross on another architecture"
 fi

@@ -58,7 +58,7 @@ import Testing
     (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "room for attention sums"),
     (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
     (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),
-    (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "encoding"),
+    (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
     (59, [0], "expected 3 rows"), (67, [2], "room for rows"), (67, [0, 5], "room for rows"), (75, [62], "first row"),
     (83, [0, 0, 0xC0, 0x7F], "finite elements"), (83, [0, 0, 0x80, 0xFF], "finite elements"),
   ] as [(Int, [UInt8], String)])
@@ -72,8 +72,8 @@ import Testing
   }
 
   @Test(arguments: [
-    ("CACH", 0, [2], "format"), ("LAYR", 0, [2], "observed tokens"), ("LAYR", 0, [4], "tokens seen"),
-    ("LAYR", 16, [4], "observed queries"), ("LAYR", 24, [4], "settled"), ("LAYR", 38, [1], "since a compression"),
+    ("CACH", 0, [2], "format"), ("LAYR", 0, [2], "settled tokens"), ("LAYR", 0, [4], "tokens seen"),
+    ("LAYR", 16, [4], "observed queries"), ("LAYR", 24, [4], "settled"), ("LAYR", 38, [2], "since a compression"),
     ("LAYR", 40, [4], "cut off"), ("LAYR", 48, [2], "phase"), ("LAYR", 49, [6], "outcome"),
     ("LAYR", 50, [1], "query window"), ("SHAP", 9, [2], "cached"),
   ] as [(String, Int, [UInt8], String)])

@@ -24,7 +24,8 @@ import Testing
     let query = try tensor([[1, 0]])
     func output(_ keys: [[Float]], _ values: [[Float]], _ bias: [Float]? = nil) throws -> [Float] {
       try kernel.attend(
-        query, over: [kernel.segment(tensor(keys), tensor(values), bias: bias.map { [$0] })]).output
+        query, over: [kernel.segment(tensor(keys), tensor(values), bias: bias.map { [$0] })]
+      ).output
     }
     let full = try output([[2, 0], [2, 0], [0, 1]], [[1, 0], [3, 0], [0, 2]])
     #expect(isClose(full, [1.873242, 0.126758]))

@@ -92,7 +92,9 @@ import Testing
 
   // MARK: H2O (A2)
 
-  private static let rows: [[Float]] = [[1], [0.6, 0.4], [0.5, 0.1, 0.4], [0.3, 0.1, 0.4, 0.2], [0.1, 0.1, 0.5, 0.2, 0.1]]
+  private static let rows: [[Float]] = [
+    [1], [0.6, 0.4], [0.5, 0.1, 0.4], [0.3, 0.1, 0.4, 0.2], [0.1, 0.1, 0.5, 0.2, 0.1],
+  ]
 
   private func h2o(heavy: Int, recent: Int) throws -> KVCache {
     try KVCache(
@@ -139,7 +141,9 @@ import Testing
 
   /// The smallest budgets, where the authors' slices become empty.
   @Test func smallestBudgets() throws {
-    for (heavy, recent, wanted) in [(0, 1, [4]), (1, 0, [0]), (2, 0, [0, 2]), (0, 2, [3, 4]), (3, 2, [0, 1, 2, 3, 4])] {
+    for (heavy, recent, wanted) in [
+      (0, 1, [4]), (1, 0, [0]), (2, 0, [0, 2]), (0, 2, [3, 4]), (3, 2, [0, 1, 2, 3, 4]),
+    ] {
       let cache = try h2o(heavy: heavy, recent: recent)
       try cache.append(normalTensor(1, 5, 2, seed: 1), normalTensor(1, 5, 2, seed: 2))
       try cache.observe(layer: 0, attention: [[2.5, 0.7, 1.3, 0.4, 0.1]])

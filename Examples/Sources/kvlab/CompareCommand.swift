@@ -35,11 +35,11 @@ struct CompareCommand: ParsableCommand {
   var policies: String?
   @Option(help: "Prompt tokens of each piece of text (default: 1024).")
   var context: Int?
-  @Option(help: "Tokens read one by one after the prompt (default: 192).")
+  @Option(help: "Tokens read one by one after the prompt (default: 256).")
   var decode: Int?
-  @Option(help: "Pieces of text (default: 2).")
+  @Option(help: "Pieces of text (default: 3).")
   var samples: Int?
-  @Option(help: "Needle sequences, 0 for none (default: 5).")
+  @Option(help: "Needle sequences, 0 for none (default: 8).")
   var needles: Int?
   @Option(help: "Notes in each needle sequence; all are asked about (default: 4).")
   var notes: Int?

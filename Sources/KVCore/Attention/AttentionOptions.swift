@@ -17,7 +17,7 @@ public struct AttentionOptions: Hashable, Sendable {
     self.commits = commits
   }
 
-  package func validate(layer: Int) throws(KVError) {
+  package func validate(layer: Int? = nil) throws(KVError) {
     if let scale, !scale.isFinite {
       throw KVError(.invalidOption, "the attention scale must be finite; got \(scale)", layer: layer)
     }

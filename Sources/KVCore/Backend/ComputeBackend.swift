@@ -57,6 +57,25 @@ extension ComputeBackend {
   }
 }
 
+/// Magnitudes that a side format can hold.
+package enum ElementRange: Hashable, Sendable {
+  /// What is finite in the type of the dense rows.
+  case window
+  /// What rounds to a finite f16: rows or minima are f16.
+  case half
+  /// Half of what f32 holds: a group's range, the difference of two values, must be finite too.
+  case halfOfFloat
+
+  /// For error texts.
+  package var largest: Float {
+    switch self {
+    case .window: .greatestFiniteMagnitude
+    case .half: 65504
+    case .halfOfFloat: .greatestFiniteMagnitude / 2
+    }
+  }
+}
+
 /// Where an element of a [head, token, dim] tensor is.
 package struct ElementPlace: Hashable, Sendable {
   package var head: Int
@@ -74,10 +93,10 @@ package struct WriteTarget {
   package var head: Int
   package var token: Int
   package var slice: RunSlice
-  /// The narrowest type these rows will ever be held in: elements beyond its range are refused at once.
-  package var range: ElementType
+  /// What these rows will be held in, later forms included: elements beyond its range are refused at once.
+  package var range: ElementRange
 
-  package init(head: Int, token: Int, slice: RunSlice, range: ElementType) {
+  package init(head: Int, token: Int, slice: RunSlice, range: ElementRange) {
     self.head = head
     self.token = token
     self.slice = slice

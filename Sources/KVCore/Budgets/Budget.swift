@@ -113,7 +113,8 @@ extension Budget {
       try Budget.check(layers: table.count, against: kvHeads.count)
     case .perHead(let table):
       try Budget.check(layers: table.count, against: kvHeads.count)
-      for (layer, heads) in table.enumerated() where heads.count != kvHeads[layer] {
+      // A layer without a cache has no heads: whatever stands there is not read.
+      for (layer, heads) in table.enumerated() where kvHeads[layer] > 0 && heads.count != kvHeads[layer] {
         throw KVError(
           .shapeMismatch, "a budget table needs \(kvHeads[layer]) KV heads here; got \(heads.count)", layer: layer)
       }

@@ -10,6 +10,12 @@ extension CompressionPolicy {
   public func estimate(
     shape: ModelShape, prompt: Int, decoded: Int = 0, chunk: Int? = nil
   ) throws(KVError) -> ByteCount {
+    guard prompt >= 0, decoded >= 0, chunk ?? 1 >= 1 else {
+      throw KVError(
+        .invalidOption,
+        "a prompt and decoded tokens of 0 or more, in chunks of at least 1, expected; got \(prompt), \(decoded) and "
+          + "\(chunk ?? 0)")
+    }
     let cache = try KVCache(shape: shape, policy: self, backend: Backend(DryRunBackend()))
     var left = prompt
     while left > 0 {

@@ -13,7 +13,25 @@ extension KVCache {
     layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView,
     options: AttentionOptions? = nil
   ) throws(KVError) {
-    try attendOne(layer: layer, queries: queries, into: &output, options: options ?? attention)
+    try attendOne(layer: layer, queries: queries, into: &output, logSumExp: nil, options: options ?? attention)
+  }
+
+  /// The same, and the log-sum-exp of each query's logits: with it the output is a ``Partial`` that merges with attention
+  /// the engine computes over rows of its own (a shared prefix, another device).
+  ///
+  /// - Parameter logSumExp: [queryHeads, n], overwritten; minus infinity for a query that sees no row.
+  public func attend(
+    layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView,
+    logSumExp: inout MutableSpan<Float>, options: AttentionOptions? = nil
+  ) throws(KVError) {
+    guard logSumExp.count == queries.heads * queries.tokens else {
+      throw KVError(
+        .shapeMismatch,
+        "\(queries.heads) heads x \(queries.tokens) log-sum-exps expected; the span holds \(logSumExp.count)",
+        layer: layer)
+    }
+    let base = logSumExp.withUnsafeMutableBufferPointer { $0.baseAddress }
+    try attendOne(layer: layer, queries: queries, into: &output, logSumExp: base, options: options ?? attention)
   }
 
   /// The same for several caches of one model in one call: their queries lie behind one another on the token axis,
@@ -24,39 +42,46 @@ extension KVCache {
     _ caches: [KVCache], layer: Int, queries: borrowing TensorView, tokens: [Int],
     into output: inout MutableTensorView, options: AttentionOptions? = nil
   ) throws(KVError) {
-    guard let first = caches.first else { return }
+    guard let first = caches.first else {
+      throw KVError(.shapeMismatch, "a batch of at least 1 cache expected; got 0 for \(queries.tokens) queries")
+    }
     try checkBatch(caches, tokens: tokens, queries: queries)
-    let options = options ?? first.attention
-    try first.check(output, queries: queries.tokens, layer: layer, options)
+    // Every cache is checked before any of them changes.
     var token = 0
     for (cache, count) in zip(caches, tokens) {
-      try cache.prepare(layer: layer, queries: queries.slice(tokens: token..<token + count), options: options)
+      try cache.check(output, queries: queries.tokens, layer: layer, options ?? cache.attention)
+      try cache.checkQueries(queries.slice(tokens: token..<token + count), cache.state(layer))
       token += count
     }
+    for cache in caches { try cache.prepare(layer: layer, options: options ?? cache.attention) }
     first.plan.reset()
     token = 0
     for (cache, count) in zip(caches, tokens) {
       cache.describe(
         layer: layer, queries: queries.slice(tokens: token..<token + count), output: &output, firstToken: token,
-        options: options, in: first.plan)
+        options: options ?? cache.attention, in: first.plan)
       token += count
     }
     first.backend.operations.attend(first.plan)
     token = 0
     for (cache, count) in zip(caches, tokens) {
-      try cache.conclude(layer: layer, queries: queries.slice(tokens: token..<token + count), options: options)
+      try cache.conclude(
+        layer: layer, queries: queries.slice(tokens: token..<token + count), options: options ?? cache.attention)
       token += count
     }
   }
 
   /// The single-cache form, without the arrays a batch is described by: decoding allocates nothing.
   private func attendOne(
-    layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView, options: AttentionOptions
+    layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView,
+    logSumExp: UnsafeMutablePointer<Float>?, options: AttentionOptions
   ) throws(KVError) {
     try check(output, queries: queries.tokens, layer: layer, options)
-    try prepare(layer: layer, queries: queries, options: options)
+    try checkQueries(queries, state(layer))
+    try prepare(layer: layer, options: options)
     plan.reset()
     describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
+    plan.sequences[0].logSumExp = logSumExp
     backend.operations.attend(plan)
     try conclude(layer: layer, queries: queries, options: options)
   }
@@ -91,12 +116,9 @@ extension KVCache {
     }
   }
 
-  /// Everything that can fail, before attention starts.
-  private func prepare(
-    layer: Int, queries: borrowing TensorView, options: AttentionOptions
-  ) throws(KVError) {
+  /// Everything that can fail for lack of memory, before attention starts.
+  private func prepare(layer: Int, options: AttentionOptions) throws(KVError) {
     let state = try state(layer)
-    try checkQueries(queries, state)
     guard options.commits else { return }
     if tracksScores(state) { for segment in state.segments { try segment.prepareScores() } }
     if capturesQueries(state), state.queryWindow == nil {
@@ -112,7 +134,8 @@ extension KVCache {
     if !options.commits { return }
     let state = layers[layer]
     if tracksScores(state) {
-      state.observedTokens = state.seen
+      // Tokens before these that nobody attended stay missing.
+      if state.observedTokens >= state.seen - queries.tokens { state.observedTokens = state.seen }
       state.frozenBelow = state.seen
     }
     if capturesQueries(state) { try capture(queries, state) }
@@ -124,6 +147,8 @@ extension KVCache {
       state.queryWindow = try QueryWindow(
         capacity: policy.inputs.windowQueries, shape: state.shape, backend: backend.operations)
     }
+    // Only neighbours make a window: after tokens whose queries nobody showed, it begins anew.
+    if state.observedQueries != state.seen - queries.tokens { state.queryWindow!.clear() }
     try state.queryWindow!.capture(queries, backend: backend.operations)
     state.observedQueries = state.seen
   }
@@ -163,21 +188,25 @@ extension KVCache {
       segment.describe(head: head, range: 0..<count, shift: 0, in: plan)
       return
     }
-    // From the newest run backwards: a run counts as later by all the positions missing behind it.
+    // From the newest run backwards: a run counts as later by all the positions missing behind it. A dead slot whose
+    // memory was not reclaimed yet is missing too.
     var end = count
-    var missing = seen - 1 - segment.position(head: head, slot: count - 1)
+    var missing = 0
+    var next = seen
     while end > 0 {
+      guard segment.isLive(head: head, slot: end - 1) else {
+        end -= 1
+        continue
+      }
+      missing += next - 1 - segment.position(head: head, slot: end - 1)
       var begin = end - 1
-      while begin > 0,
+      while begin > 0, segment.isLive(head: head, slot: begin - 1),
         segment.position(head: head, slot: begin - 1) == segment.position(head: head, slot: begin) - 1
       {
         begin -= 1
       }
       segment.describe(head: head, range: begin..<end, shift: missing, in: plan)
-      if begin > 0 {
-        missing +=
-          segment.position(head: head, slot: begin) - segment.position(head: head, slot: begin - 1) - 1
-      }
+      next = segment.position(head: head, slot: begin)
       end = begin
     }
   }

@@ -25,7 +25,14 @@ extension KVCache {
 
   /// Says that another prompt follows (the next turn): tokens are again kept until ``finishPrefill()``.
   public func beginPrefill() {
-    for state in layers where state.shape.cached { state.phase = .prefill }
+    for state in layers where state.shape.cached && state.phase == .decode {
+      state.phase = .prefill
+      guard policy.schedule.decodeInterval == nil else { continue }
+      // Nothing was recorded while decoding: what the policy sees begins with this prompt.
+      state.promptStart = state.seen
+      state.observedTokens = state.seen
+      state.observedQueries = state.seen
+    }
   }
 
   /// Lets the policy choose now, whatever its schedule says, down to its budget.
@@ -113,15 +120,27 @@ extension KVCache {
   private func compress(_ states: [LayerState], when due: Bool, room: Int = 0) throws(KVError) {
     let chosen = due ? states.filter { selects($0) } : []
     if chosen.isEmpty { return }
+    // Every layer is planned before the first byte of any changes.
+    var plans: [LayerPlan] = []
     if policy.allocator.spansLayers {
-      try compressTogether(chosen, room: room)
+      plans = try plan(chosen, room: room)
     } else {
-      for state in chosen { try compressTogether([state], room: room) }
+      for state in chosen { plans += try plan([state], room: room) }
     }
+    for plan in plans { try apply(plan, view: plans.count == 1 ? plan.view : nil) }
   }
 
-  /// Plans every layer of the group before the first byte of any changes.
-  private func compressTogether(_ states: [LayerState], room: Int) throws(KVError) {
+  /// What is to become of the rows of one layer.
+  private struct LayerPlan {
+    let state: LayerState
+    let rows: [Int]
+    /// Nil: everything fits.
+    let routing: Routing?
+    /// Kept when the layer is alone; the views of a long prompt's layers together would be large.
+    var view: LayerView?
+  }
+
+  private func plan(_ states: [LayerState], room: Int) throws(KVError) -> [LayerPlan] {
     let protection = policy.router.protection
     var views: [LayerView] = []
     var requests: [AllocationRequest] = []
@@ -147,8 +166,35 @@ extension KVCache {
           layer: state.layer, rows: rows, budget: budgets, scores: scores, protection: protection))
     }
     let kept = try policy.allocator.allocate(requests)
+    try check(kept, for: requests)
+    var plans: [LayerPlan] = []
     for (index, state) in states.enumerated() {
-      try apply(state, view: views[index], request: requests[index], kept: kept[index])
+      let rows = requests[index].rows
+      var routing: Routing?
+      if policy.tiers.count > 1 || zip(rows, kept[index]).contains(where: { $0 > $1 }) {
+        var outcomes = Routing()
+        outcomes.reset(like: requests[index].scores)
+        policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
+        routing = outcomes
+      }
+      plans.append(
+        LayerPlan(state: state, rows: rows, routing: routing, view: layers.count == 1 || states.count == 1 ? views[index] : nil))
+    }
+    return plans
+  }
+
+  /// An allocator of a user's own may return anything.
+  private func check(_ kept: [[Int]], for requests: [AllocationRequest]) throws(KVError) {
+    guard kept.count == requests.count else {
+      throw KVError(
+        .invalidOption, "the allocator returned counts for \(kept.count) layers; \(requests.count) were asked for")
+    }
+    for (request, counts) in zip(requests, kept)
+    where counts.count != request.rows.count || !zip(counts, request.rows).allSatisfy({ (0...$1).contains($0) }) {
+      throw KVError(
+        .invalidOption,
+        "the allocator must return as many counts as there are KV heads, each at most its rows \(request.rows); got "
+          + "\(counts)", layer: request.layer)
     }
   }
 
@@ -171,11 +217,16 @@ extension KVCache {
     if let share = budget.byteShare(
       layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads)
     {
+      // Captured queries live on only where more choices follow.
+      let captured =
+        policy.schedule.decodeInterval == nil
+        ? 0 : policy.inputs.windowQueries * state.shape.group * state.shape.keyDim * MemoryLayout<Float>.stride
       var low = 1
       var high = max(1, min(tokens, Int(Int32.max)))
       while low < high {
         let middle = (low + high + 1) / 2
-        if factory.bytes(rows: middle, layer: state.shape) <= share { low = middle } else { high = middle - 1 }
+        let bytes = factory.bytes(rows: middle, layer: state.shape, scored: policy.inputs.attentionWeights)
+        if bytes + captured <= share { low = middle } else { high = middle - 1 }
       }
       return low
     }
@@ -185,6 +236,12 @@ extension KVCache {
   }
 
   private func checkObserved(_ state: LayerState) throws(KVError) {
+    if policy.inputs.attentionWeights, !tracksScores(state) {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs accumulated attention, which its schedule gave up when the prompt was finished; pass every",
+        layer: state.layer)
+    }
     if policy.inputs.attentionWeights, state.observedTokens < state.seen {
       throw KVError(
         .missingInput,
@@ -200,18 +257,14 @@ extension KVCache {
     }
   }
 
-  private func apply(
-    _ state: LayerState, view: LayerView, request: AllocationRequest, kept: [Int]
-  ) throws(KVError) {
-    let before = request.rows.max() ?? 0
-    if policy.tiers.count == 1, zip(request.rows, kept).allSatisfy({ $0 <= $1 }) {
+  private func apply(_ plan: LayerPlan, view known: LayerView?) throws(KVError) {
+    let state = plan.state
+    let before = plan.rows.max() ?? 0
+    guard let routing = plan.routing else {
       state.outcome = .withinBudget(rows: before)
       return
     }
-    var routing = Routing()
-    routing.reset(like: request.scores)
-    policy.router.route(view, scores: request.scores, kept: kept, into: &routing)
-
+    let view = known ?? LayerView(state, options: attention, backend: backend.operations)
     let eager = state.phase == .prefill
     var dropped = state.segments.map { segment in Array(repeating: [Int](), count: segment.kvHeads) }
     var moves = state.segments.map { _ in
@@ -234,10 +287,17 @@ extension KVCache {
         }
       }
     }
+    try checkOrder(of: moves, in: state)
     do throws(KVError) {
+      let tracked = tracksScores(state)
       for from in state.segments.indices {
         for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
-          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to])
+          try state.segments[to].checkAbsorb(from: state.segments[from], slots: moves[from][to])
+        }
+      }
+      for from in state.segments.indices {
+        for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
+          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to], tracksScores: tracked)
         }
       }
       for (segment, slots) in zip(state.segments, dropped) where slots.contains(where: { !$0.isEmpty }) {
@@ -250,6 +310,27 @@ extension KVCache {
     if dropped.contains(where: { $0.contains { !$0.isEmpty } }) { state.frozenBelow = state.seen }
     let after = (0..<view.kvHeads).map { state.liveRows(head: $0) }.max() ?? 0
     state.outcome = .compressed(before: before, after: after, at: state.seen)
+  }
+
+  /// Tiers hold rows in position order and take new ones at the end: a router may not send a row behind a later one.
+  private func checkOrder(of moves: [[[[Int]]]], in state: LayerState) throws(KVError) {
+    for to in state.segments.indices {
+      for head in 0..<state.shape.kvHeads {
+        let held = state.segments[to].slotCount(head: head)
+        var last = held == 0 ? -1 : state.segments[to].position(head: head, slot: held - 1)
+        for from in state.segments.indices {
+          guard let first = moves[from][to][head].first, let end = moves[from][to][head].last else { continue }
+          let position = state.segments[from].position(head: head, slot: first)
+          guard position > last else {
+            throw KVError(
+              .unsupported,
+              "tier \(to) holds rows up to position \(last) and takes only later ones; the router sent position "
+                + "\(position)", layer: state.layer, head: head)
+          }
+          last = state.segments[from].position(head: head, slot: end)
+        }
+      }
+    }
   }
 }
 

@@ -1,8 +1,8 @@
 extension KVCache {
   /// A cache from a file that ``save(to:)`` wrote, on any backend.
   ///
-  /// Everything in the file is checked before the cache exists. It continues as the saved one would have: same rows, same
-  /// statistics, same decisions.
+  /// Everything in the file is checked before the cache exists. It continues as the saved one would have: same rows,
+  /// same statistics, same decisions.
   ///
   /// - Parameters:
   ///   - policy: the policy of the saved cache; its text must be the one in the file

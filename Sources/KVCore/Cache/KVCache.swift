@@ -41,6 +41,7 @@ public final class KVCache {
     inputs: EngineInputs = .attendThrough
   ) throws(KVError) {
     try shape.validate()
+    try attention.validate()
     try KVCache.check(policy, shape: shape, inputs: inputs)
     self.shape = shape
     self.policy = policy
@@ -73,6 +74,12 @@ public final class KVCache {
     let needed = policy.inputs
     guard (1...64).contains(policy.tiers.count) else {
       throw KVError(.invalidOption, "a policy has 1 to 64 tiers; got \(policy.tiers.count)")
+    }
+    if let interval = policy.schedule.decodeInterval, interval < 1 {
+      throw KVError(.invalidOption, "a policy chooses after every 1 or more decoded tokens, or nil; got \(interval)")
+    }
+    guard (0...65_536).contains(needed.windowQueries) else {
+      throw KVError(.invalidOption, "a policy needs the queries of 0...65536 tokens; got \(needed.windowQueries)")
     }
     if needed.windowQueries > 0, !inputs.contains(.queries) {
       throw KVError(

@@ -1,7 +1,7 @@
 /// The section LAYR of a saved cache, drawn in ``SavedCache``.
 extension LayerState {
   func encode(to writer: inout ByteWriter) {
-    for counter in [seen, observedTokens, observedQueries, settledTokens, decodedSinceCompression, frozenBelow] {
+    for counter in [seen, observedTokens, observedQueries, settledTokens, decodedSinceCompression, frozenBelow, promptStart] {
       writer.count(counter)
     }
     writer.u8(phase.rawValue)
@@ -22,6 +22,7 @@ extension LayerState {
     decodedSinceCompression = try reader.count(
       "the tokens since a compression", in: 0...SavedCache.maximumCounter)
     frozenBelow = try reader.count("the tokens that cannot be cut off", in: 0...seen)
+    promptStart = try reader.count("the tokens before the prompt", in: 0...seen)
     let number = try reader.u8("the phase")
     guard let phase = Phase(rawValue: number) else {
       throw reader.corrupt("expected the phase 0 (prompt) or 1 (decoding); found \(number)")

@@ -14,6 +14,8 @@ package final class LayerState {
   /// Tokens up to which the policy's maintenance has run.
   var settledTokens = 0
   var decodedSinceCompression = 0
+  /// Tokens whose queries and weights nobody kept: those before this turn's prompt, when nothing is chosen while decoding.
+  var promptStart = 0
   /// Positions below this can no longer be cut off: something was dropped, or the statistics know later tokens.
   var frozenBelow = 0
   var outcome = LayerOutcome.untouched
@@ -37,6 +39,7 @@ package final class LayerState {
     observedQueries = other.observedQueries
     settledTokens = other.settledTokens
     decodedSinceCompression = other.decodedSinceCompression
+    promptStart = other.promptStart
     frozenBelow = other.frozenBelow
     outcome = other.outcome
   }
@@ -95,6 +98,9 @@ struct QueryWindow {
 
   var count: Int { min(captured, capacity) }
 
+  /// Forgets what was captured: the queries that follow are not neighbours of it.
+  mutating func clear() { captured = 0 }
+
   /// Takes in the newest queries of a view. Forks share the ring until one of them writes.
   mutating func capture(_ queries: borrowing TensorView, backend: any ComputeBackend) throws(KVError) {
     if !isKnownUniquelyReferenced(&buffer) {
@@ -113,7 +119,7 @@ struct QueryWindow {
         targets.append(
           WriteTarget(
             head: head, token: first + token,
-            slice: RunSlice(run: row(head: head, slot: slot), first: 0, count: run), range: .f32))
+            slice: RunSlice(run: row(head: head, slot: slot), first: 0, count: run), range: .window))
         token += run
       }
     }

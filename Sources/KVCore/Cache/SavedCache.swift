@@ -7,10 +7,8 @@
 /// CACH 0                  format u32 = 1 · policy text · tokens seen (the most of any layer) count · tiers count
 ///                         attention: maybe scale f32 · maybe softcap f32 · causal flag · commits flag
 ///                         engine inputs u32
-/// SHAP 0                  layers count · maybe rotary embedding · per layer:
-///                         ┌ cached flag ┬ KV heads u32 ┬ query heads u32 ┬ key dim u32 ┬ value dim u32 ┬ maybe window count ┐
-///   rotary embedding      head dim u32 · rotary dim u32 · theta f64 · layout u8 · angle product u8
-///                         scaling u8 and its numbers · maybe context length count
+/// SHAP 0                  layers count · maybe rotary embedding (drawn at its coding) · per layer:
+///                         cached flag · KV heads, query heads, key dim, value dim u32 · maybe sliding window count
 /// LAYR layer              cached layers only
 ///                         tokens seen · observed tokens · observed queries · settled tokens
 ///                         · decoded since compression · frozen below: counts
@@ -24,17 +22,19 @@
 ///                         accumulated attention: maybe capacity count, f32 x slots
 ///                         keys · values
 ///   keys, values          body extents count · extents count · per extent:
-///                         ┌ kind u8 ┬ type u8 ┬ bits u8 ┬ 0 u8 ┬ group u32 ┬ rows count ┬ capacity count ┬ first count ┐
-///                         0         1         2         3      4           8            16               24           32
-///                         ┌ elements or codes of the rows ┬ scales ┬ minima ┐   as encoded: nothing is encoded again
+///                         ┌ kind ┬ type ┬ bits ┬ 0 ┬ group u32 ┬ rows ┬ capacity ┬ first ┐   u8 each, then counts
+///                         0      1      2      3   4           8      16         24      32
+///                         ┌ elements or codes of the rows ┬ scales ┬ minima ┐   as they are, not encoded again
 /// ```
 ///
-/// Capacities are there so that a loaded cache grows, and counts its bytes, as the saved one would have. Three things are
-/// not: room a cut or a failed call left in a column beyond what growth would give, empty extents between others (a fork
-/// can leave them), and which buffers were shared with forks: a loaded cache owns all of its memory.
+/// Capacities are there so that a loaded cache grows, and counts its bytes, as the saved one would have. Three things
+/// are not: room that a cut or a failed call left in a column beyond what growth would give, empty extents between
+/// others (a fork can leave them), and which buffers were shared with forks. A loaded cache owns all of its memory: it
+/// has room where a fork must open new memory. Attention sums then run over rows cut elsewhere, which kernels that
+/// round a run as a whole (per-token codes on avx512) show in the last bits.
 ///
-/// Elements and codes are those of a little endian machine. The rotary embedding is kept as its parameters: frequencies
-/// come from the mathematical library of the machine that loads.
+/// Elements and codes are those of a little endian machine. The rotary embedding is kept as its parameters:
+/// frequencies come from the mathematical library of the machine that loads.
 package enum SavedCache {
   package static let format: UInt32 = 1
   package static let header = Container.Tag("CACH")

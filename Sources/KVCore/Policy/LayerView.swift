@@ -6,6 +6,8 @@ public final class LayerView {
   public let shape: LayerShape
   /// Tokens the layer has ever seen; at least the rows it holds.
   public let tokensSeen: Int
+  /// Tokens of the prompt whose queries can have been kept.
+  private let observableTokens: Int
   package let segments: [any Segment]
   private let queryWindow: QueryWindow?
   private let options: AttentionOptions
@@ -26,6 +28,7 @@ public final class LayerView {
     layer = state.layer
     shape = state.shape
     tokensSeen = state.seen
+    observableTokens = state.seen - state.promptStart
     segments = state.segments
     queryWindow = state.queryWindow
     self.options = options
@@ -125,8 +128,8 @@ public final class LayerView {
   public func windowAttention(
     window: Int, reduction: GroupReduction, into scores: inout ScoreTable
   ) throws(KVError) {
-    let wanted = min(window, tokensSeen)
-    guard let queryWindow, queryWindow.count >= wanted else {
+    let wanted = min(window, observableTokens)
+    guard let queryWindow, wanted > 0, queryWindow.count >= wanted else {
       throw KVError(
         .missingInput,
         "needs the queries of the last \(wanted) tokens; \(queryWindow?.count ?? 0) were observed. "

@@ -51,8 +51,8 @@ extension RotaryEmbedding {
 
   /// For messages. Scalings are told apart by their parameters.
   var summary: String {
-    "a rotary embedding of \(rotaryDim) of \(headDim) channels, base \(theta), \(layout.kind), scaling \(scaling.kind), "
-      + "product \(angleProduct.kind), context \(contextLength.map(String.init) ?? "any")"
+    "a rotary embedding of \(rotaryDim) of \(headDim) channels, base \(theta), \(layout.kind), "
+      + "scaling \(scaling.kind), product \(angleProduct.kind), context \(contextLength.map(String.init) ?? "any")"
   }
 }
 

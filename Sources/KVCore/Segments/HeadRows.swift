@@ -26,6 +26,31 @@ package struct HeadRows {
 
   package func isLive(_ slot: Int) -> Bool { bias.map { $0[slot] != -.infinity } ?? true }
 
+  /// Room for `count` more slots in the bias and score columns, which are made when first needed.
+  package mutating func reserveColumns(
+    _ count: Int, biased: Bool, scored: Bool, backend: any ComputeBackend
+  ) throws(KVError) {
+    if bias != nil {
+      try bias!.reserve(count, backend: backend)
+    } else if biased {
+      bias = try HeadRows.zeros(slots, room: count, backend: backend)
+    }
+    if score != nil {
+      try score!.reserve(count, backend: backend)
+    } else if scored {
+      score = try HeadRows.zeros(slots, room: count, backend: backend)
+    }
+  }
+
+  private static func zeros(
+    _ count: Int, room: Int, backend: any ComputeBackend
+  ) throws(KVError) -> Column<Float> {
+    var column = Column<Float>()
+    try column.reserve(count + room, backend: backend)
+    column.append(repeating: 0, count: count)
+    return column
+  }
+
   /// Marks slots dead. Everything that can fail happens before the first slot changes.
   package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
     if dropped.isEmpty { return }

@@ -38,11 +38,13 @@ package final class RowSegment: Segment {
     keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, tracksScores: Bool
   ) throws(KVError) {
     let count = keys.tokens
+    targets.removeAll(keepingCapacity: true)
     do throws(KVError) {
-      try reserve(count, firstPosition: firstPosition, tracksScores: tracksScores)
+      // Rows are written behind those that count; columns come last, when nothing but memory can still fail.
       try write(keys, side: \.keys, name: "key", firstPosition: firstPosition)
       let keyTargets = targets.count
       try write(values, side: \.values, name: "value", firstPosition: firstPosition)
+      try reserve(count, firstPosition: firstPosition, tracksScores: tracksScores)
       commit(count, firstPosition: firstPosition, keyTargets: keyTargets)
     } catch {
       for head in heads.indices {
@@ -53,20 +55,10 @@ package final class RowSegment: Segment {
     }
   }
 
-  /// Columns only; rows are reserved side by side with writing them.
   private func reserve(_ count: Int, firstPosition: Int, tracksScores: Bool) throws(KVError) {
-    targets.removeAll(keepingCapacity: true)
     for head in heads.indices {
       try heads[head].positions.reserve(next: firstPosition, adding: count, backend: backend)
-      if heads[head].bias != nil { try heads[head].bias!.reserve(count, backend: backend) }
-      if tracksScores, heads[head].score == nil {
-        var column = Column<Float>()
-        try column.reserve(heads[head].slots + count, backend: backend)
-        column.append(repeating: 0, count: heads[head].slots)
-        heads[head].score = column
-      } else if heads[head].score != nil {
-        try heads[head].score!.reserve(count, backend: backend)
-      }
+      try heads[head].reserveColumns(count, biased: false, scored: tracksScores, backend: backend)
     }
   }
 
@@ -74,7 +66,8 @@ package final class RowSegment: Segment {
     _ view: borrowing TensorView, side: WritableKeyPath<HeadRows, RowStore>, name: String, firstPosition: Int
   ) throws(KVError) {
     writes.removeAll(keepingCapacity: true)
-    let range = heads[0][keyPath: side].format.range
+    let format = heads[0][keyPath: side].format
+    let range = format.range
     for head in heads.indices {
       let before = targets.count
       try heads[head][keyPath: side].reserve(view.tokens, backend: backend, into: &targets)
@@ -85,10 +78,11 @@ package final class RowSegment: Segment {
       }
     }
     if let place = backend.write(view, to: writes) {
+      let largest = min(range.largest, format.window.largestFinite)
       throw KVError(
         .unrepresentable,
-        "channel \(place.channel) of a \(name) is beyond ±\(range.largestFinite), the largest \(range.name); "
-          + "store rows and metadata as bf16 or f32",
+        "channel \(place.channel) of a \(name) is beyond ±\(largest), the largest that \(format.body?.description ?? format.window.name) can hold; "
+          + "store rows and metadata in a wider type",
         head: place.head, position: firstPosition + place.token)
     }
   }
@@ -136,30 +130,47 @@ package final class RowSegment: Segment {
     return (keys, values)
   }
 
-  package func absorb(from other: any Segment, slots: [[Int]]) throws(KVError) {
-    var merged = heads
-    for head in heads.indices where !slots[head].isEmpty {
-      let sources = other.slices(head: head, slots: slots[head])
-      let positions = slots[head].map { other.position(head: head, slot: $0) }
-      guard positions[0] > (merged[head].positions.last ?? -1) else {
+  package func checkAbsorb(from other: any Segment, slots: [[Int]]) throws(KVError) {
+    for head in heads.indices {
+      guard let first = slots[head].first, let last = heads[head].positions.last else { continue }
+      let position = other.position(head: head, slot: first)
+      guard position > last else {
         throw KVError(
-          .unsupported,
-          "a tier takes rows in position order: position \(positions[0]) comes after \(merged[head].positions.last ?? -1)",
-          head: head)
-      }
-      try merged[head].keys.append(sources.keys, count: positions.count, backend: backend)
-      try merged[head].values.append(sources.values, count: positions.count, backend: backend)
-      try merged[head].positions.append(positions, backend: backend)
-      if merged[head].bias != nil {
-        try merged[head].bias!.reserve(positions.count, backend: backend)
-        for slot in slots[head] { merged[head].bias!.append(other.logBias(head: head, slot: slot)) }
-      }
-      if merged[head].score != nil {
-        try merged[head].score!.reserve(positions.count, backend: backend)
-        for slot in slots[head] { merged[head].score!.append(other.score(head: head, slot: slot)) }
+          .unsupported, "a tier takes rows in position order: position \(position) comes after \(last)", head: head)
       }
     }
-    heads = merged
+  }
+
+  package func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError) {
+    try checkAbsorb(from: other, slots: slots)
+    // All memory first, then rows: nothing has changed when it runs out.
+    var room = heads.map { _ in (keys: [RunSlice](), values: [RunSlice]()) }
+    let positions = heads.indices.map { head in slots[head].map { other.position(head: head, slot: $0) } }
+    do throws(KVError) {
+      for head in heads.indices where !slots[head].isEmpty {
+        let count = slots[head].count
+        try heads[head].keys.reserve(count, backend: backend, into: &room[head].keys)
+        try heads[head].values.reserve(count, backend: backend, into: &room[head].values)
+        let biased = slots[head].contains { other.logBias(head: head, slot: $0) != 0 }
+        try heads[head].reserveColumns(count, biased: biased, scored: tracksScores, backend: backend)
+      }
+    } catch {
+      for head in heads.indices {
+        heads[head].keys.cancelReservation()
+        heads[head].values.cancelReservation()
+      }
+      throw error
+    }
+    for head in heads.indices where !slots[head].isEmpty {
+      let sources = other.slices(head: head, slots: slots[head])
+      heads[head].keys.fill(room[head].keys, from: sources.keys, backend: backend)
+      heads[head].values.fill(room[head].values, from: sources.values, backend: backend)
+      try heads[head].positions.append(positions[head], backend: backend)
+      for slot in slots[head] {
+        heads[head].bias?.append(other.logBias(head: head, slot: slot))
+        heads[head].score?.append(other.score(head: head, slot: slot))
+      }
+    }
   }
 
   // MARK: Removing
@@ -295,6 +306,8 @@ package final class RowSegment: Segment {
     for slot in 0..<rows.slots where bias[slot] != -.infinity { slots.append(Int32(slot)) }
   }
 
+  package var hasScores: Bool { heads.contains { $0.score != nil } }
+
   package func forgetScores() { for head in heads.indices { heads[head].score = nil } }
 
   package func prepareScores() throws(KVError) {
@@ -340,8 +353,9 @@ package struct RowFormat: SegmentFactory, Hashable {
 
   package func validate(layer: LayerShape) throws(KVError) {}
 
-  package func bytes(rows: Int, layer: LayerShape) -> Int {
-    keys.bytes(rows: rows, dim: layer.keyDim) + values.bytes(rows: rows, dim: layer.valueDim)
-      + rows * MemoryLayout<Int32>.stride
+  package func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int {
+    let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
+    return keys.bytes(rows: rows, dim: layer.keyDim) + values.bytes(rows: rows, dim: layer.valueDim)
+      + slots * (scored ? 3 : 2) * MemoryLayout<Float>.stride
   }
 }

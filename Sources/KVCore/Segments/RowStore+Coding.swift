@@ -1,4 +1,4 @@
-/// Rows in a saved cache, drawn in ``SavedCache``. Memory of rows is the backend's: it is reached through its copies only.
+/// Rows in a saved cache, drawn in ``SavedCache``. Their memory is the backend's: only its copies reach it.
 extension RowStore {
   func encode(to writer: inout ByteWriter, backend: any ComputeBackend) {
     // An empty extent at the end is room for the next rows; elsewhere it is nothing.
@@ -35,8 +35,8 @@ extension Extent {
   /// Where an extent lies in its store.
   fileprivate enum Place { case body, tail, end }
 
-  /// Offsets and sizes of what a run holds of some rows: elements or codes, scales, minima. `width`: bytes that a machine
-  /// of the other byte order would reverse.
+  /// Where the elements or codes, the scales and the minima of the rows lie. `width`: bytes that a machine of the other
+  /// byte order would reverse.
   private func parts(dim: Int) -> [(address: UnsafeMutableRawPointer, bytes: Int, width: Int)] {
     let run = run(dim: dim)
     let codes = (

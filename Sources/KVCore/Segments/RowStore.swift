@@ -39,6 +39,8 @@ package struct RowStore {
   package private(set) var bodyExtents = 0
   package private(set) var bodyRows = 0
   package private(set) var rows = 0
+  /// Extents at the end that `reserve` made and `commit` has not confirmed.
+  private var reservedExtents = 0
 
   package init(dim: Int, format: SideFormat) {
     self.dim = dim
@@ -69,6 +71,7 @@ package struct RowStore {
         encoding: .dense(format.window), capacity: max(taken, format.growth), dim: dim, backend: backend)
       targets.append(RunSlice(run: extent.run(dim: dim), first: 0, count: taken))
       extents.append(extent)
+      reservedExtents += 1
       left -= taken
     }
   }
@@ -81,17 +84,17 @@ package struct RowStore {
       rows += target.count
       index -= 1
     }
+    reservedExtents = 0
   }
 
   /// Gives back what `reserve` allocated and nobody committed.
   package mutating func cancelReservation() {
-    while let last = extents.last, last.rows == 0, extents.count > bodyExtents { extents.removeLast() }
+    extents.removeLast(reservedExtents)
+    reservedExtents = 0
   }
 
-  /// Appends copies of rows that lie elsewhere, as dense rows.
-  package mutating func append(_ sources: [RunSlice], count: Int, backend: any ComputeBackend) throws(KVError) {
-    var targets: [RunSlice] = []
-    try reserve(count, backend: backend, into: &targets)
+  /// Copies rows that lie elsewhere into what `reserve` returned, as dense rows, and makes them part of the store.
+  package mutating func fill(_ targets: [RunSlice], from sources: [RunSlice], backend: any ComputeBackend) {
     var left = sources[...]
     for target in targets {
       backend.transcode(RowStore.take(target.count, from: &left), to: target.run, row: target.first)
@@ -127,7 +130,7 @@ package struct RowStore {
     var start = 0
     for extent in extents {
       let end = start + extent.rows
-      if end > range.lowerBound, start < range.upperBound {
+      if extent.rows > 0, end > range.lowerBound, start < range.upperBound {
         let low = max(range.lowerBound, start)
         let high = min(range.upperBound, end)
         body(RunSlice(run: extent.run(dim: dim), first: extent.first + low - start, count: high - low))
@@ -226,7 +229,7 @@ package struct RowStore {
   /// Copies a tail that rattles in a large extent (what is left of a prompt) into one of the right size.
   private mutating func repackTail(backend: any ComputeBackend) throws(KVError) {
     let held = extents[bodyExtents...].reduce(0) { $0 + $1.capacity }
-    if held <= max(2 * tailRows, tailRows + 2 * format.growth) { return }
+    if held <= format.tailCapacity(rows: tailRows) { return }
     var packed = RowStore(dim: dim, format: format)
     var targets: [RunSlice] = []
     if tailRows > 0 { try packed.reserve(tailRows, backend: backend, into: &targets) }

@@ -38,6 +38,8 @@ package protocol Segment: AnyObject {
   func copyScores(head: Int, into target: UnsafeMutablePointer<Float>)
   /// Appends the live slots of a head, ascending.
   func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>)
+  /// Whether slots carry accumulated attention.
+  var hasScores: Bool { get }
   /// Removes the accumulated attention of every slot: the policy no longer needs it.
   func forgetScores()
   /// Adds observed attention to the live slots of a head, in slot order.
@@ -59,8 +61,10 @@ package protocol Segment: AnyObject {
   func checkInvariants()
 
   /// Appends rows of another segment, `slots[h]` ascending, to this one's dense windows. Positions may lie anywhere
-  /// after this segment's own.
-  func absorb(from other: any Segment, slots: [[Int]]) throws(KVError)
+  /// after this segment's own; `checkAbsorb` says whether they do.
+  func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError)
+  /// - Throws: `unsupported` for rows that come before rows this segment already holds.
+  func checkAbsorb(from other: any Segment, slots: [[Int]]) throws(KVError)
   /// The slices of single slots, for `absorb`.
   func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice])
 
@@ -73,8 +77,9 @@ package protocol SegmentFactory: Sendable {
   func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment
   /// Refuses shapes the representation cannot hold.
   func validate(layer: LayerShape) throws(KVError)
-  /// The most bytes one KV head needs for this many rows, positions included.
-  func bytes(rows: Int, layer: LayerShape) -> Int
+  /// The most bytes one KV head needs for this many rows, with positions, dead slots that wait to be reclaimed, and
+  /// accumulated attention when `scored`. Holes in frozen groups are not foreseen.
+  func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int
   /// A segment from what `Segment.encode` wrote: nothing in the bytes is trusted, every position is below `tokensSeen`.
   ///
   /// - Throws: `corruptFile`, `outOfMemory`.

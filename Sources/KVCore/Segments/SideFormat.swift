@@ -54,8 +54,11 @@ public struct SideFormat: Hashable, Sendable {
     return SideFormat(window: window, body: body, flush: .keepingNewest(count))
   }
 
-  /// The type with the smallest range among everything that will hold a row: f16 minima overflow as f16 rows do.
-  package var range: ElementType { body?.type == .f16 ? .f16 : window }
+  /// The smallest range among everything that will hold a row: f16 minima overflow as f16 rows do.
+  package var range: ElementRange {
+    guard let body else { return .window }
+    return body.type == .f16 || window == .f16 ? .half : .halfOfFloat
+  }
 
   /// Rows of room a new tail extent has at least, so that single appends do not allocate each time.
   package var growth: Int {
@@ -80,6 +83,13 @@ public struct SideFormat: Hashable, Sendable {
     return body.bytes(rows: body.rowsPerUnit, dim: dim) / (dim * window.byteCount)
   }
 
+  /// The most rows of memory a settled tail is left with: blocks fill one extent after the other, a sliding window
+  /// lies across the ends of two.
+  package func tailCapacity(rows: Int) -> Int {
+    if case .keepingNewest = flush { return max(2 * rows, rows + 2 * growth) }
+    return rows + growth
+  }
+
   /// The most bytes that many settled rows of one head take, with the room a growing window is given.
   package func bytes(rows: Int, dim: Int) -> Int {
     let tail: Int
@@ -88,7 +98,7 @@ public struct SideFormat: Hashable, Sendable {
     case .blocks(let count): tail = min(rows, count)
     case .keepingNewest(let count): tail = min(rows, count + 1)
     }
-    let dense = RowEncoding.dense(window).bytes(rows: tail + growth, dim: dim)
+    let dense = RowEncoding.dense(window).bytes(rows: tailCapacity(rows: tail), dim: dim)
     guard let body else { return dense }
     let unit = body.rowsPerUnit
     return dense + body.bytes(rows: (rows - tail + unit - 1) / unit * unit + (unit == 1 ? growth : 0), dim: dim)

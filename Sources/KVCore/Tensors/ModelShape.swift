@@ -34,7 +34,15 @@ public struct LayerShape: Hashable, Sendable {
   public var group: Int { kvHeads == 0 ? 0 : queryHeads / kvHeads }
 
   package func validate(layer: Int) throws(KVError) {
-    if !cached { return }
+    if !cached {
+      guard queryHeads == 0, kvHeads == 0 else {
+        throw KVError(
+          .invalidOption,
+          "a layer without a cache has no heads here; got \(queryHeads) query heads and \(kvHeads) KV heads",
+          layer: layer)
+      }
+      return
+    }
     guard kvHeads >= 1, queryHeads >= kvHeads, queryHeads % kvHeads == 0 else {
       throw KVError(
         .invalidOption,

@@ -210,9 +210,9 @@ private struct Pyramid: Allocator {
           checkSame(held.keys, (0..<100).flatMap { traffic.key(0, head, $0) }, "keys")
         }
       }
-      // 24 rows of f32 and the rest cheaper: less than everything in f32, more than everything in the second.
-      let all = (40 + 24) * 100 * 2
-      check(cache.bytes.payload < all * 4, "\(cache.bytes)")
+      // 24 rows of f32 in room for 64, the rest in the second tier with room for 64 more.
+      let most = 2 * (40 + 24) * (64 * 4 + (76 + 64) * 2)
+      check(cache.bytes.payload <= most, "\(cache.bytes), at most \(most)")
       if second.spec.name == "kivi" { check(cache.bytes.metadata > 0, "no metadata in \(cache.bytes)") }
       for token in 100..<110 { try traffic.checkedStep(cache, 0, token..<token + 1) }
       let estimate = try policy.estimate(shape: traffic.shape, prompt: 100, decoded: 10)

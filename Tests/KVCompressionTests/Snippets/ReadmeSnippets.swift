@@ -38,9 +38,9 @@ import Testing
   }
 
   @Test func overview() throws {
-    let shape = ModelShape(layerCount: 32, queryHeads: 32, kvHeads: 8, headDim: 128)
-    let policy = try PolicyRegistry.standard.policy("snapkv(budget=2048)+kivi(bits=4)")
-    let bytes = try policy.estimate(shape: shape, prompt: 2100, decoded: 1)
+    let layer = ModelShape(layerCount: 1, queryHeads: 32, kvHeads: 8, headDim: 128)
+    let policy = try PolicyRegistry.standard.policy("snapkv(budget=1024)+kivi(bits=4)")
+    let bytes = try policy.estimate(shape: layer, prompt: 2048, decoded: 1)
     print(policy.spec, policy.inputs, bytes.total)
 
     #expect(bytes.total > 0)

@@ -188,7 +188,8 @@ enum GoldenRules {
 
   /// Rows of sets against rows of sets. Where they differ, the reference scores of the tokens on either side must agree.
   static func positionSets(
-    _ actual: [[Int]], _ wanted: [[Int]], scores: GoldenTensor?, tie: Double?, threshold: Double?, sequential heads: Int?
+    _ actual: [[Int]], _ wanted: [[Int]], scores: GoldenTensor?, tie: Double?, threshold: Double?,
+    sequential heads: Int?
   ) -> Verdict {
     guard actual.count == wanted.count else { return .shape(actual.count, wanted.count) }
     var verdict = Verdict(equalRows: Array(repeating: true, count: wanted.count))

@@ -86,7 +86,8 @@ final class GoldenRun {
   ) {
     compared.insert(output)
     verdicts[output] = verdict
-    GoldenTrace.print("\(verdict.passed ? "pass" : "FAIL") \(entry.name) \(output) \(description.rule): \(verdict.text)")
+    GoldenTrace.print(
+      "\(verdict.passed ? "pass" : "FAIL") \(entry.name) \(output) \(description.rule): \(verdict.text)")
     if !verdict.passed {
       Issue.record(
         "\(entry.name) · \(output) · \(description.rule): \(verdict.text)", sourceLocation: location)

@@ -5,13 +5,13 @@ package struct CompareOptions: Sendable, Hashable {
   /// Prompt tokens of each sample, read with full attention before the policy compresses.
   package var context = 1024
   /// Tokens read one by one after the prompt, while the policy acts: the part that is measured.
-  package var decode = 192
+  package var decode = 256
   /// Pieces of text.
-  package var samples = 2
+  package var samples = 3
   /// Prompt tokens in one forward pass.
   package var chunk = 512
   /// Needle sequences; 0 for no retrieval task.
-  package var needles = 5
+  package var needles = 8
   /// Notes in each, all of them asked about.
   package var notes = 4
   /// Tokens of a needle sequence before its questions; nil: `context`.

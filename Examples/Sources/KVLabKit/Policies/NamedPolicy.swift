@@ -63,13 +63,14 @@ package struct NamedPolicy: Sendable {
   /// What `kvlab compare` runs when nobody says: every store, every selection at a quarter, and both together.
   package static let defaults = [
     "f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)", "streaming(budget=0.25)", "h2o(budget=0.25)",
-    "snapkv(budget=0.25)", "snapkv(budget=0.25)+kivi(bits=4)", "snapkv(budget=0.25)+kivi(bits=2)",
+    "snapkv(budget=0.25)", "snapkv(budget=0.25,kernel=13)", "snapkv(budget=0.25,kernel=13)+kivi(bits=4)",
     "h2o(budget=0.25)+kivi(bits=4)",
   ]
 
   /// A shorter list for continuous integration.
   package static let quickDefaults = [
-    "f32", "f16", "kivi(bits=4)", "streaming(budget=0.25)", "h2o(budget=0.25)", "snapkv(budget=0.25)+kivi(bits=2)",
+    "f32", "f16", "kivi(bits=4)", "streaming(budget=0.25)", "h2o(budget=0.25)",
+    "snapkv(budget=0.25,kernel=13)+kivi(bits=4)",
   ]
 }
 

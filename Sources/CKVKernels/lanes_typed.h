@@ -1,0 +1,14 @@
+/* Loads and stores of f32, f16 and bf16 as f32 lanes. The type is a constant after inlining. */
+
+CKV_INLINE vf vf_load_as(const void *p, uint32_t type) {
+  return type == CKV_F32 ? vf_load(p) : type == CKV_F16 ? vf_load_f16(p) : vf_load_bf16(p);
+}
+CKV_INLINE vf vf_load_as_n(const void *p, uint32_t type, uint32_t n) {
+  if (n == VN) return vf_load_as(p, type);
+  return type == CKV_F32 ? vf_load_n(p, n) : type == CKV_F16 ? vf_load_f16_n(p, n) : vf_load_bf16_n(p, n);
+}
+CKV_INLINE void vf_store_as_n(void *p, uint32_t type, vf x, uint32_t n) {
+  if (type == CKV_F32) vf_store_n(p, x, n);
+  else if (type == CKV_F16) vf_store_f16_n(p, x, n);
+  else vf_store_bf16_n(p, x, n);
+}

@@ -1,0 +1,571 @@
+import KVCompression
+@testable import KVCore
+import KVExperiments
+import Testing
+
+/// Forks, rewinding, several turns, layers of other kinds, engines with attention of their own.
+@Suite struct LifeCycleTests {
+  static let geometry = Geometry(4, 2, 40, 24)
+  static let policies = InvarianceTests.policies + ["streaming(sinks=2,recent=30)", "snapkv(budget=31,window=6,every=4)"]
+
+  static func shape(layers: Int = 1) throws -> ModelShape {
+    var shape = geometry.shape(layers: layers)
+    shape.rotary = try RotaryEmbedding(headDim: 40)
+    return shape
+  }
+
+  // MARK: Forks
+
+  @Test func forksShareAndPart() throws {
+    withEvery("policy", in: Self.policies) { text in
+      let shape = try Self.shape()
+      let backend = try Backend.cpu(threads: 1)
+      // Tokens after the fork differ between the two sides.
+      let common = Traffic(shape, tokens: 120, seed: 1)
+      var other = Traffic(shape, tokens: 120, seed: 2)
+      for head in 0..<2 {
+        for token in 0..<77 {
+          for c in 0..<40 { other.keys[0][(head * 120 + token) * 40 + c] = common.keys[0][(head * 120 + token) * 40 + c] }
+          for c in 0..<24 {
+            other.values[0][(head * 120 + token) * 24 + c] = common.values[0][(head * 120 + token) * 24 + c]
+          }
+        }
+      }
+      func start() throws -> KVCache {
+        let cache = try makeCache(text, shape, backend: backend)
+        try common.run(cache, prompt: 70, decoded: 7)
+        return cache
+      }
+      func decode(_ cache: KVCache, _ traffic: Traffic) throws -> [Float] {
+        var outputs: [Float] = []
+        for token in 77..<120 { outputs += try traffic.step(cache, token..<token + 1) }
+        return outputs
+      }
+      // Twins that never were forks.
+      let (twinA, twinB) = (try start(), try start())
+      let expectedA = try decode(twinA, common)
+      let expectedB = try decode(twinB, other)
+
+      let a = try start()
+      let alone = a.bytes
+      let before = try Snapshot(a)
+      do {
+        let b = a.fork()
+        check(KVCache.bytes(of: [a, b]) == alone, "a fork costs \(KVCache.bytes(of: [a, b])), alone \(alone)")
+        check(b.bytes == alone, "bytes of the fork")
+        check(try Snapshot(b) == before, "the fork holds something else")
+        // In turns, so that each has every chance to write into the other.
+        var (outputsA, outputsB): ([Float], [Float]) = ([], [])
+        for token in 77..<120 {
+          outputsA += try common.step(a, token..<token + 1)
+          outputsB += try other.step(b, token..<token + 1)
+        }
+        // A fork opens extents of its own, so sums are cut elsewhere: close to rounding, not to the bit.
+        checkClose(outputsA, expectedA, "the original")
+        checkClose(outputsB, expectedB, "the fork")
+        check(try Snapshot(a).heads == Snapshot(twinA).heads, "contents of the original")
+        check(try Snapshot(b).heads == Snapshot(twinB).heads, "contents of the fork")
+        // A fork of a fork outlives both.
+        let c = b.fork()
+        _ = try common.step(a.fork(), 119..<120)
+        check(KVCache.bytes(of: [b, c]) == b.bytes, "the fork's fork")
+        check(KVCache.bytes(of: [a, b, c]).total <= a.bytes.total + b.bytes.total, "the three")
+      }
+      check(backend.memory.liveBytes == KVCache.bytes(of: [a, twinA, twinB]).total, "bytes left of the fork")
+    }
+  }
+
+  // MARK: Rewinding
+
+  @Test func trimIsExact() throws {
+    withEvery("store", in: ["f32", "f16", "kivi(bits=2,residual=64)", "streaming(sinks=2,recent=200,positions=keep)+f16"]) {
+      store in
+      withEvery("cut", in: [0, 1, 3, 17]) { cut in
+        let traffic = Traffic(Self.geometry.shape(layers: 2), tokens: 128)
+        let twin = try makeCache(store, traffic.shape)
+        try traffic.run(twin, prompt: 66, decoded: 20)
+        let cache = try makeCache(store, traffic.shape)
+        let length = store.hasPrefix("kivi") ? 86 : 86
+        try traffic.run(cache, prompt: 66, decoded: 20)
+        // A draft of `cut` tokens, looked at and rejected.
+        if cut > 0 {
+          for layer in 0..<2 {
+            try traffic.append(cache, layer, length..<length + cut)
+            try traffic.attend(cache, layer, length..<length + cut, AttentionOptions(commits: false))
+          }
+        }
+        try cache.trim(to: length)
+        check(try Snapshot(cache).heads == Snapshot(twin).heads, "contents")
+        check(cache.tokensSeen(layer: 1) == length, "seen")
+        let next = 100..<101
+        _ = next
+        for token in length..<length + 10 {
+          checkSame(
+            try traffic.step(cache, token..<token + 1), try traffic.step(twin, token..<token + 1), "token \(token)")
+        }
+        check(try Snapshot(cache).heads == Snapshot(twin).heads, "contents later")
+      }
+    }
+  }
+
+  /// Dense caches rewind anywhere, also into the prompt.
+  @Test func denseTrimsToAnyLength() throws {
+    let traffic = Traffic(Self.geometry.shape(), tokens: 80)
+    withEvery("length", in: [0, 1, 39, 40, 41, 64, 70]) { length in
+      let backend = try Backend.cpu(threads: 1)
+      let cache = try makeCache("f16", traffic.shape, backend: backend)
+      try traffic.run(cache, prompt: 50, decoded: 20, chunk: 20)
+      check(cache.minimumTrim == 0, "minimum \(cache.minimumTrim)")
+      try cache.trim(to: length)
+      check(try cache.rows(layer: 0, head: 1) == Array(0..<length), "rows")
+      check(cache.bytes.total == backend.memory.liveBytes, "bytes")
+      for token in length..<70 { try traffic.checkedStep(cache, 0, token..<token + 1) }
+      let twin = try makeCache("f16", traffic.shape)
+      try traffic.run(twin, prompt: 50, decoded: 20)
+      check(try Snapshot(cache).heads == Snapshot(twin).heads, "contents")
+    }
+  }
+
+  @Test func trimRefusesWhatIsGone() throws {
+    let cases: [(String, Int)] = [
+      ("kivi(residual=32)", 60), ("h2o(budget=20)", 69), ("streaming(sinks=2,recent=20,positions=keep)", 69),
+      ("snapkv(budget=20,window=4)", 59), ("snapkv(budget=64,window=4,every=100)", 69),
+    ]
+    withEvery("policy", in: cases) { text, length in
+      let traffic = Traffic(Self.geometry.shape(layers: 2), tokens: 80)
+      let cache = try makeCache(text, traffic.shape)
+      let twin = try makeCache(text, traffic.shape)
+      for cache in [cache, twin] { try traffic.run(cache, prompt: 60, decoded: 10) }
+      let before = try Snapshot(cache)
+      expectError(.irreversible, layer: 0) { try cache.trim(to: length) }
+      expectError(.invalidOption, "71", "70", layer: 0) { try cache.trim(to: 71) }
+      expectError(.invalidOption, "-1", layer: 0) { try cache.trim(to: -1) }
+      check(try Snapshot(cache) == before, "changed by an error")
+      checkSame(try traffic.step(cache, 70..<71), try traffic.step(twin, 70..<71), "next token")
+    }
+    // KIVI: what is encoded stays, the rest can be cut.
+    let traffic = Traffic(Self.geometry.shape(), tokens: 80)
+    let cache = try makeCache("kivi(residual=32)", traffic.shape)
+    try traffic.run(cache, prompt: 60, decoded: 10)
+    #expect(cache.minimumTrim == 64)
+    try cache.trim(to: 64)
+    #expect(cache.tokensSeen(layer: 0) == 64)
+  }
+
+  /// A schedule of every n tokens counts from the tokens that stayed.
+  @Test func trimTurnsTheScheduleBack() throws {
+    let selection = Selection(
+      spec: StageSpec(name: "s"), scorer: nil, budget: .tokens(40), router: TopKRouter(Protection(window: 40)),
+      schedule: Schedule(decodeInterval: 8))
+    let traffic = Traffic(Self.geometry.shape(), tokens: 80)
+    func cache() throws -> KVCache {
+      let cache = try KVCache(
+        shape: traffic.shape, policy: Policy(selection, store: .dense(.f32)), backend: .cpu(threads: 1))
+      try traffic.run(cache, prompt: 40, decoded: 3)
+      return cache
+    }
+    let (trimmed, twin) = (try cache(), try cache())
+    for token in 43..<47 { try traffic.step(trimmed, token..<token + 1) }
+    try trimmed.trim(to: 43)
+    for token in 43..<60 {
+      try traffic.step(trimmed, token..<token + 1)
+      try traffic.step(twin, token..<token + 1)
+      check(try positions(trimmed) == positions(twin), "at \(token)")
+    }
+  }
+
+  // MARK: Reset and turns
+
+  @Test func resetForgetsEverything() throws {
+    withEvery("policy", in: Self.policies) { text in
+      let shape = try Self.shape(layers: 2)
+      let backend = try Backend.cpu(threads: 1)
+      let traffic = Traffic(shape, tokens: 80)
+      let cache = try makeCache(text, shape, backend: backend)
+      let first = try traffic.run(cache, prompt: 60, decoded: 20)
+      let held = try Snapshot(cache)
+      cache.reset()
+      check(backend.memory.liveBytes == 0 && cache.bytes == ByteCount(), "bytes after reset: \(cache.bytes)")
+      check(cache.tokensSeen(layer: 1) == 0 && cache.rowsHeld(layer: 0, head: 0) == 0, "counters")
+      check(cache.status.allSatisfy { $0.state == .empty }, "status \(cache.status.map(\.state))")
+      checkSame(try traffic.run(cache, prompt: 60, decoded: 20), first, "second life")
+      check(try Snapshot(cache) == held, "contents of the second life")
+    }
+  }
+
+  /// Prompt, answer, prompt, answer: nothing is dropped in a turn before its end, then the budget holds again.
+  @Test func turns() throws {
+    withEvery("policy", in: Self.policies) { text in
+      withEvery("second prompt", in: [40, 3]) { second in
+        let shape = try Self.shape(layers: 2)
+        let backend = try Backend.cpu(threads: 1)
+        let traffic = Traffic(shape, tokens: 200)
+        let cache = try makeCache(text, shape, backend: backend)
+        try traffic.run(cache, prompt: 60, decoded: 10)
+        let rows = cache.rowsHeld(layer: 0, head: 0)
+        cache.beginPrefill()
+        try traffic.step(cache, 70..<70 + second)
+        check(cache.rowsHeld(layer: 0, head: 0) == rows + second, "rows during the second prompt")
+        try cache.finishPrefill()
+        var model = RowModel(cache.policy as! Policy, shape)
+        model.append(60)
+        model.finishPrefill()
+        for _ in 0..<10 { model.append(1) }
+        model.decoding = false
+        model.append(second)
+        model.finishPrefill()
+        check(cache.rowsHeld(layer: 0, head: 0) == model.rows, "\(cache.rowsHeld(layer: 0, head: 0)) rows, not \(model.rows)")
+        for token in 70 + second..<90 + second {
+          try traffic.step(cache, token..<token + 1)
+          model.append(1)
+          check(cache.rowsHeld(layer: 1, head: 1) == model.rows, "rows at \(token)")
+          check(cache.bytes.total == backend.memory.liveBytes, "bytes at \(token)")
+        }
+      }
+    }
+  }
+
+  @Test func layersFinishOneByOne() throws {
+    let traffic = Traffic(Self.geometry.shape(layers: 3), tokens: 80)
+    let together = try makeCache("snapkv(budget=20,window=4)", traffic.shape)
+    try traffic.run(together, prompt: 60, decoded: 5)
+    let cache = try makeCache("snapkv(budget=20,window=4)", traffic.shape)
+    for layer in 0..<3 {
+      try traffic.append(cache, layer, 0..<60)
+      try traffic.attend(cache, layer, 0..<60)
+      try cache.finishPrefill(layer: layer)
+      #expect(cache.rowsHeld(layer: layer, head: 0) == 20)
+    }
+    for token in 60..<65 { try traffic.step(cache, token..<token + 1) }
+    #expect(try Snapshot(cache) == Snapshot(together))
+  }
+
+  @Test func roomForATurn() throws {
+    // StreamingLLM's oracle: N = 10, S = 2, R = 3, two tokens coming: 0, 1 and 9 stay.
+    let traffic = Traffic(Self.geometry.shape(), tokens: 40)
+    let cache = try makeCache("streaming(sinks=2,recent=3,positions=keep)", traffic.shape)
+    try traffic.run(cache, prompt: 10)
+    #expect(try cache.rows(layer: 0, head: 0) == [0, 1, 7, 8, 9])
+    try cache.makeRoom(for: 2)
+    #expect(try cache.rows(layer: 0, head: 0) == [0, 1, 9])
+    cache.beginPrefill()
+    try traffic.step(cache, 10..<12)
+    #expect(try cache.rows(layer: 0, head: 0) == [0, 1, 9, 10, 11])
+    try cache.makeRoom(for: 30)
+    #expect(try cache.rows(layer: 0, head: 0) == [0, 1])
+    try traffic.checkedStep(cache, 0, 12..<20)
+    expectError(.invalidOption, "-1") { try cache.makeRoom(for: -1) }
+  }
+
+  // MARK: Layers of other kinds
+
+  @Test func slidingWindows() throws {
+    withEvery("policy", in: ["f32", "kivi(residual=32)", "h2o(budget=20)+f32", "snapkv(budget=20,window=4)+f16"]) { text in
+      withEvery("window", in: [1, 7, 33]) { window in
+        let shape = ModelShape(layers: [Self.geometry.layer(slidingWindow: window), Self.geometry.layer()])
+        let backend = try Backend.cpu(threads: 1)
+        let traffic = Traffic(shape, tokens: 150)
+        let cache = try makeCache(text, shape, backend: backend)
+        for start in [0, 20] {
+          for layer in 0..<2 { try traffic.checkedStep(cache, layer, start..<start + 20) }
+        }
+        try cache.finishPrefill()
+        for token in 40..<150 {
+          for layer in 0..<2 { try traffic.checkedStep(cache, layer, token..<token + 1) }
+          let rows = try cache.rows(layer: 0, head: 0)
+          // The next query sees the last window - 1 tokens and itself.
+          check(rows.suffix(window - 1).elementsEqual(token + 2 - window..<token + 1), "window holds \(rows)")
+          check(rows.count == window - 1 || rows.count == window, "\(rows.count) rows of a window of \(window)")
+        }
+        check(cache.bytes.total == backend.memory.liveBytes, "bytes")
+        check(cache.status[0].state == .skipped, "state \(cache.status[0])")
+        check(cache.status[0].reason.contains("\(window) tokens"), cache.status[0].reason)
+        if ProductTests.estimable(cache.policy as! Policy) || text.hasSuffix("f32") {
+          let estimate = try cache.policy.estimate(shape: shape, prompt: 40, decoded: 110, chunk: 20)
+          check(estimate == cache.bytes, "estimated \(estimate), measured \(cache.bytes)")
+        }
+      }
+    }
+  }
+
+  @Test func uncachedLayers() throws {
+    let shape = ModelShape(layers: [Self.geometry.layer(), .uncached, Self.geometry.layer()])
+    let traffic = Traffic(shape, tokens: 60)
+    let cache = try makeCache("h2o(budget=20)", shape)
+    try traffic.run(cache, prompt: 40, decoded: 20)
+    #expect(cache.rowsHeld(layer: 2, head: 1) == 20 && cache.tokensSeen(layer: 1) == 0)
+    #expect(cache.status[1].state == .uncached && !cache.status[1].reason.isEmpty)
+    #expect(try cache.policy.estimate(shape: shape, prompt: 40, decoded: 20) == cache.bytes)
+    expectError(.unsupported, "no KV cache", layer: 1) { _ = try cache.rows(layer: 1, head: 0) }
+    expectError(.shapeMismatch, "layer 3", "3 layers", layer: 3) { _ = try cache.rows(layer: 3, head: 0) }
+    expectError(.shapeMismatch, "head 2", "2 KV heads", layer: 0) { _ = try cache.read(layer: 0, head: 2) }
+  }
+
+  @Test func statusSaysWhy() throws {
+    let shape = ModelShape(
+      layers: [Self.geometry.layer(), .uncached, Self.geometry.layer(slidingWindow: 16)])
+    let traffic = Traffic(shape, tokens: 60)
+    func texts(_ cache: KVCache) -> [String] { cache.status.map { "\($0.state)" } }
+    let cache = try makeCache("snapkv(budget=20,window=4)", shape)
+    #expect(texts(cache) == ["empty", "uncached", "empty"])
+    try traffic.step(cache, 0..<40)
+    #expect(texts(cache) == ["prefilling", "uncached", "prefilling"])
+    try cache.finishPrefill()
+    #expect(texts(cache) == ["compressed", "uncached", "skipped"])
+    #expect(cache.status[0].reason == "40 rows became 20 at token 40")
+    #expect(cache.status[0].rowsHeld == [20, 20] && cache.status[0].tokensSeen == 40)
+    #expect(cache.status.map(\.bytes).reduce(ByteCount(), +) == cache.bytes)
+    let small = try makeCache("snapkv(budget=50,window=4)", shape)
+    try traffic.run(small, prompt: 40)
+    #expect(texts(small) == ["complete", "uncached", "skipped"])
+    #expect(small.status[0].reason == "40 rows fit the budget")
+    let dense = try makeCache("f16", shape)
+    try traffic.run(dense, prompt: 40)
+    #expect(dense.status[0].reason == "the policy keeps every token")
+  }
+
+  // MARK: Engines with attention of their own
+
+  /// H2O and SnapKV through observe and commit keep what they keep through attend.
+  @Test func observingIsAttending() throws {
+    withEvery("policy", in: [
+      "h2o(budget=20)+f32", "h2o(budget=20,every=4)+f32", "h2o(budget=20)+kivi(residual=32)", "snapkv(budget=20,window=5)+f32",
+      "snapkv(budget=24,window=5,every=3)+f16", "streaming(sinks=2,recent=18,positions=keep)+f32", "kivi(residual=32)",
+    ]) { text in
+      let shape = Self.geometry.shape(layers: 2)
+      let traffic = Traffic(shape, tokens: 90)
+      let through = try makeCache(text, shape)
+      try traffic.run(through, prompt: 60, decoded: 30, chunk: 25)
+      let probe = try makeCache(text, shape)
+      let needs = probe.policy.inputs
+      var inputs: EngineInputs = []
+      if needs.windowQueries > 0 { inputs.insert(.queries) }
+      if needs.attentionWeights { inputs.insert(.attentionWeights) }
+      let cache = try makeCache(text, shape, inputs: inputs)
+      func step(_ range: Range<Int>) throws {
+        for layer in 0..<2 {
+          try traffic.append(cache, layer, range)
+          if needs.windowQueries > 0 { try traffic.observe(cache, layer, range) }
+          if needs.attentionWeights {
+            try cache.observe(layer: layer, attention: weights(cache, traffic, layer, range))
+          }
+          try cache.commit(layer: layer)
+        }
+      }
+      for start in stride(from: 0, to: 60, by: 25) { try step(start..<min(start + 25, 60)) }
+      try cache.finishPrefill()
+      for token in 60..<90 { try step(token..<token + 1) }
+      check(try positions(cache) == positions(through), "\(try! positions(cache)) and \(try! positions(through))")
+      check(try Snapshot(cache).heads == Snapshot(through).heads, "contents")
+    }
+  }
+
+  /// The weights an engine's own attention gives, per KV head, summed over queries and the heads of the group.
+  private func weights(_ cache: KVCache, _ traffic: Traffic, _ layer: Int, _ range: Range<Int>) throws -> [[Float]] {
+    let s = traffic.shape.layers[layer]
+    return try (0..<s.kvHeads).map { head in
+      let held = try cache.read(layer: layer, head: head)
+      var queries: [Float] = []
+      for member in 0..<s.group { for token in range { queries += traffic.query(layer, head * s.group + member, token) } }
+      let sums = try AttentionReference().columnSums(
+        queries: HeadTensor(heads: s.group, tokens: range.count, dim: s.keyDim, elements: queries),
+        keys: HeadTensor(heads: 1, tokens: held.positions.count, dim: s.keyDim, elements: held.keys),
+        queryPositions: Array(range), keyPositions: [held.positions])
+      return held.positions.indices.map { row in Float(sums.reduce(0) { $0 + $1[row] }) }
+    }
+  }
+
+  /// Rows appended and never attended are missing input, not silence.
+  @Test func tokensThatNobodyAttended() throws {
+    let traffic = Traffic(Self.geometry.shape(), tokens: 60)
+    let h2o = try makeCache("h2o(budget=20)", traffic.shape)
+    try traffic.append(h2o, 0, 0..<20)
+    try traffic.append(h2o, 0, 20..<40)
+    try traffic.attend(h2o, 0, 20..<40)
+    expectError(.missingInput, "20", layer: 0) { try h2o.finishPrefill() }
+    // SnapKV needs the window only; a hole in it is an error.
+    let snap = try makeCache("snapkv(budget=20,window=10)", traffic.shape)
+    try traffic.step(snap, 0..<30)
+    try traffic.append(snap, 0, 30..<35)
+    try traffic.append(snap, 0, 35..<40)
+    try traffic.attend(snap, 0, 35..<40)
+    expectError(.missingInput, layer: 0) { try snap.finishPrefill() }
+    let fine = try makeCache("snapkv(budget=20,window=5)", traffic.shape)
+    try traffic.append(fine, 0, 0..<35)
+    try traffic.append(fine, 0, 35..<40)
+    try traffic.attend(fine, 0, 35..<40)
+    try fine.finishPrefill()
+    #expect(fine.rowsHeld(layer: 0, head: 0) == 20)
+  }
+
+  // MARK: Attention
+
+  /// Slot distances: the same as attention over keys turned to their slot, with the query at its slot, in f64.
+  @Test(arguments: [RotaryEmbedding.Layout.halfSplit, .interleaved])
+  func slotPositions(layout: RotaryEmbedding.Layout) throws {
+    let rotary = try RotaryEmbedding(headDim: 24, rotaryDim: 16, theta: 100, layout: layout, angleProduct: .f64)
+    var shape = Geometry(4, 2, 24, 9).shape()
+    shape.rotary = rotary
+    let traffic = Traffic(shape, tokens: 90)
+    let cache = try makeCache("streaming(sinks=3,recent=12)+f32", shape)
+    try traffic.run(cache, prompt: 40)
+    for start in [40, 41, 42, 43, 60, 61, 70] {
+      let count = [60, 70].contains(start) ? 1 : (start == 43 ? 17 : (start == 61 ? 9 : 1))
+      let range = start..<start + count
+      try traffic.append(cache, 0, range)
+      let held = try (0..<2).map { try cache.read(layer: 0, head: $0) }
+      let output = try traffic.attend(cache, 0, range)
+      var expected: [HeadContents] = []
+      for head in held {
+        var turned = head
+        for (slot, position) in head.positions.enumerated() {
+          turn(&turned.keys, at: slot * 24, rotary, from: position, to: slot)
+          turned.positions[slot] = slot
+        }
+        expected.append(turned)
+      }
+      // Queries sit in the last slots.
+      var queries = traffic.queries(0, range)
+      let rows = held[0].positions.count
+      for i in 0..<4 * count {
+        turn(&queries, at: i * 24, rotary, from: range.lowerBound + i % count, to: rows - count + i % count)
+      }
+      let oracle = try Oracle(
+        expected, shape.layers[0], queries: queries, tokens: count, firstPosition: rows - count)
+      // Keys here are turned and rounded once more: |q| |k| scale times a few ulp more than the bound counts.
+      check(oracle.worst(output) <= 4, "off by \(oracle.worst(output)) bounds at \(start)")
+    }
+  }
+
+  /// Turns the pairs of a row by (to - from) times the frequency, in f64.
+  private func turn(_ row: inout [Float], at start: Int, _ rotary: RotaryEmbedding, from: Int, to: Int) {
+    for pair in 0..<rotary.pairs {
+      let angle = Double(rotary.inverseFrequencies[pair]) * Double(to - from)
+      let (i, j) =
+        rotary.layout == .interleaved ? (start + 2 * pair, start + 2 * pair + 1) : (start + pair, start + pair + rotary.pairs)
+      let (x, y) = (Double(row[i]), Double(row[j]))
+      let (sine, cosine) = sinCos(angle)
+      row[i] = Float(x * cosine - y * sine)
+      row[j] = Float(x * sine + y * cosine)
+    }
+  }
+
+  private func sinCos(_ angle: Double) -> (Double, Double) {
+    // Taylor after halving: exact enough for an oracle, no Foundation.
+    let small = angle / 1024
+    var (s, c) = (small - small * small * small / 6 + small * small * small * small * small / 120, 1 - small * small / 2)
+    c += small * small * small * small / 24 - small * small * small * small * small * small / 720
+    for _ in 0..<10 { (s, c) = (2 * s * c, c * c - s * s) }
+    return (s, c)
+  }
+
+  @Test func optionsOfAttention() throws {
+    let all: [AttentionOptions] = [
+      .init(), .init(scale: 0.3), .init(softcap: 3), .init(scale: 1, softcap: 0.5), .init(causal: false), .init(scale: -0.2),
+    ]
+    withEvery("store", in: ["f32", "bf16", "kivi(bits=4,residual=32)"]) { store in
+      withEvery("geometry", in: Geometry.all) { geometry in
+        let traffic = Traffic(geometry.shape(), tokens: 90)
+        let cache = try makeCache(store, traffic.shape)
+        try traffic.run(cache, prompt: 70)
+        try traffic.append(cache, 0, 70..<75)
+        let held = try (0..<geometry.kvHeads).map { try cache.read(layer: 0, head: $0) }
+        let before = try Snapshot(cache)
+        for options in all where (options.scale ?? 1) > 0 {
+          var looking = options
+          looking.commits = false
+          let output = try traffic.attend(cache, 0, 70..<75, looking)
+          try Oracle(
+            held, geometry.layer(), queries: traffic.queries(0, 70..<75), tokens: 5, firstPosition: 70, options: options
+          ).check(output)
+          // The same call again gives the same bits: it only looked.
+          checkSame(try traffic.attend(cache, 0, 70..<75, looking), output, "second look")
+        }
+        check(try Snapshot(cache) == before, "looking changed the cache")
+      }
+    }
+  }
+
+  /// `commits: false` leaves statistics and schedule alone too.
+  @Test func lookingChangesNothing() throws {
+    withEvery("policy", in: Self.policies) { text in
+      let shape = try Self.shape()
+      let traffic = Traffic(shape, tokens: 90)
+      let (cache, twin) = (try makeCache(text, shape), try makeCache(text, shape))
+      for cache in [cache, twin] { try traffic.run(cache, prompt: 60, decoded: 5) }
+      for token in 65..<80 {
+        for c in [cache, twin] { try traffic.append(c, 0, token..<token + 1) }
+        for _ in 0..<3 { try traffic.attend(cache, 0, token..<token + 1, AttentionOptions(commits: false)) }
+        checkSame(
+          try traffic.attend(cache, 0, token..<token + 1), try traffic.attend(twin, 0, token..<token + 1), "token \(token)")
+        check(try Snapshot(cache) == Snapshot(twin), "contents at \(token)")
+      }
+    }
+  }
+
+  /// A log bias per slot, through the backend: what merging methods give.
+  @Test func biasPerSlot() throws {
+    var dice = Dice(5)
+    let (rows, dim, valueDim) = (37, 24, 9)
+    let keys = dice.normals(rows * dim)
+    let values = dice.normals(rows * valueDim)
+    let queries = dice.normals(2 * dim)
+    withEvery("level", in: Backend.cpuLevels) { level in
+      withEvery("bias", in: [[Float]](arrayLiteral:
+        (0..<rows).map { Float($0 % 5) / 2 }, (0..<rows).map { $0 % 3 == 0 ? -.infinity : 0.5 },
+        Array(repeating: -.infinity, count: rows)
+      )) { bias in
+        var kernel = KernelAttention(backend: try Backend.cpu(threads: 1, level: level))
+        kernel.scale = 0.2
+        let segment = try kernel.segment(
+          HeadTensor(heads: 1, tokens: rows, dim: dim, elements: keys),
+          HeadTensor(heads: 1, tokens: rows, dim: valueDim, elements: values), bias: [bias])
+        let output = try kernel.attend(HeadTensor(heads: 2, tokens: 1, dim: dim, elements: queries), over: [segment]).output
+        let held = HeadContents(positions: Array(0..<rows), keys: keys, values: values, logBias: bias)
+        try Oracle(
+          [held], Geometry(2, 1, dim, valueDim).layer(), queries: queries, tokens: 1, firstPosition: rows - 1,
+          options: .init(scale: 0.2)
+        ).check(output)
+      }
+    }
+  }
+
+  /// A cache whose attention is never asked for still settles: attention over nothing is zero.
+  @Test func nothingToSee() throws {
+    let traffic = Traffic(Self.geometry.shape(), tokens: 40)
+    let cache = try makeCache("streaming(sinks=0,recent=3,positions=keep)", traffic.shape)
+    try traffic.run(cache, prompt: 10)
+    try cache.makeRoom(for: 100)
+    #expect(cache.rowsHeld(layer: 0, head: 0) == 0)
+    let output = try traffic.attend(cache, 0, 9..<10, AttentionOptions(commits: false))
+    #expect(output.allSatisfy { $0 == 0 })
+    let many = Traffic(Self.geometry.shape(), tokens: 60)
+    let other = try makeCache("streaming(sinks=0,recent=3,positions=keep)", many.shape)
+    try many.run(other, prompt: 60)
+    try other.makeRoom(for: 100)
+    #expect(try many.attend(other, 0, 20..<60, AttentionOptions(commits: false)).allSatisfy { $0 == 0 })
+  }
+
+  /// Steady-state decoding allocates once in `growth` tokens, in the backend.
+  @Test func allocationsOfDecoding() throws {
+    // Dense: an extent of 64 rows for keys and values of two heads. KIVI: blocks of keys (body and tail), single rows
+    // of values.
+    withEvery("policy", in: [("f32", 4), ("f16", 4), ("kivi(residual=64)", 14), ("kivi(bits=8,residual=32)", 20)]) { text, most in
+      let traffic = Traffic(Self.geometry.shape(), tokens: 600)
+      let backend = try Backend.cpu(threads: 1)
+      let cache = try makeCache(text, traffic.shape, backend: backend)
+      try traffic.run(cache, prompt: 130, decoded: 70)
+      var steps = 0
+      for start in stride(from: 200, to: 584, by: 64) {
+        let before = backend.memory.allocations
+        for token in start..<start + 64 {
+          let now = backend.memory.allocations
+          try traffic.step(cache, token..<token + 1)
+          if backend.memory.allocations != now { steps += 1 }
+        }
+        check(backend.memory.allocations - before <= most, "\(backend.memory.allocations - before) allocations in 64 tokens")
+      }
+      check(steps <= 6 * 5, "\(steps) of 384 steps allocated")
+    }
+  }
+}
