@@ -41,7 +41,7 @@ static bool v_layout_of(const ckv_run *run, v_layout *l) {
   l->groups = (run->dim + run->group - 1) / run->group;
   l->words_a_group = run->group / l->per;
   l->rows_a_meta = 16 % l->groups == 0 ? 16 / l->groups : 1;
-  bool repeats = run->group == 32 && l->rows_a_vector * l->words % 16 == 0;
+  bool repeats = run->group == 32 && l->rows_a_vector * l->words % 16 == 0 && l->words % l->words_a_group == 0;
   l->period = repeats ? 16 / l->words_a_group : 16;
   l->weight_set = repeats ? l->rows_a_vector * l->groups : l->vectors * V_QUERIES * 16;
   l->weight_vector = repeats ? l->period : V_QUERIES * 16;

@@ -292,11 +292,6 @@ extension KVCache {
       let tracked = tracksScores(state)
       for from in state.segments.indices {
         for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
-          try state.segments[to].checkAbsorb(from: state.segments[from], slots: moves[from][to])
-        }
-      }
-      for from in state.segments.indices {
-        for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
           try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to], tracksScores: tracked)
         }
       }

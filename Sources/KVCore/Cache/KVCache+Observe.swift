@@ -11,7 +11,7 @@ extension KVCache {
 
   /// Reports attention weights to the policy, for engines with attention of their own.
   ///
-  /// - Parameter attention: per KV head, the weight each live row received in this step, summed over the new queries and
+  /// - Parameter weights: per KV head, the weight each live row received in this step, summed over the new queries and
   ///   the query heads of the group; rows in position order, as ``rows(layer:head:)`` lists them.
   /// - Throws: `shapeMismatch` when a head's count is not its live rows, `nonFinite`; nothing is changed then.
   public func observe(layer: Int, attention weights: [[Float]]) throws(KVError) {

@@ -130,19 +130,7 @@ package final class RowSegment: Segment {
     return (keys, values)
   }
 
-  package func checkAbsorb(from other: any Segment, slots: [[Int]]) throws(KVError) {
-    for head in heads.indices {
-      guard let first = slots[head].first, let last = heads[head].positions.last else { continue }
-      let position = other.position(head: head, slot: first)
-      guard position > last else {
-        throw KVError(
-          .unsupported, "a tier takes rows in position order: position \(position) comes after \(last)", head: head)
-      }
-    }
-  }
-
   package func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError) {
-    try checkAbsorb(from: other, slots: slots)
     // All memory first, then rows: nothing has changed when it runs out.
     var room = heads.map { _ in (keys: [RunSlice](), values: [RunSlice]()) }
     let positions = heads.indices.map { head in slots[head].map { other.position(head: head, slot: $0) } }

@@ -61,10 +61,8 @@ package protocol Segment: AnyObject {
   func checkInvariants()
 
   /// Appends rows of another segment, `slots[h]` ascending, to this one's dense windows. Positions may lie anywhere
-  /// after this segment's own; `checkAbsorb` says whether they do.
+  /// after this segment's own, which the caller checks.
   func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError)
-  /// - Throws: `unsupported` for rows that come before rows this segment already holds.
-  func checkAbsorb(from other: any Segment, slots: [[Int]]) throws(KVError)
   /// The slices of single slots, for `absorb`.
   func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice])
 

@@ -86,8 +86,11 @@ public struct SideFormat: Hashable, Sendable {
   /// The most rows of memory a settled tail is left with: blocks fill one extent after the other, a sliding window
   /// lies across the ends of two.
   package func tailCapacity(rows: Int) -> Int {
-    if case .keepingNewest = flush { return max(2 * rows, rows + 2 * growth) }
-    return rows + growth
+    switch flush {
+    case .never: max(rows, growth) + growth
+    case .blocks: rows + growth
+    case .keepingNewest: max(2 * rows, rows + 2 * growth)
+    }
   }
 
   /// The most bytes that many settled rows of one head take, with the room a growing window is given.

@@ -5,7 +5,9 @@ import Testing
 @Suite struct EmbedSnippets {
   let shape = ModelShape(layerCount: 2, queryHeads: 4, kvHeads: 2, headDim: 64)
 
-  func numbers(_ count: Int) -> [Float] { (0..<count).map { (index: Int) -> Float in Float(index * 37 % 101) / 101 - 0.5 } }
+  func numbers(_ count: Int) -> [Float] {
+    (0..<count).map { (index: Int) -> Float in Float(index * 37 % 101) / 101 - 0.5 }
+  }
 
   @Test func attendThrough() throws {
     let policy = try PolicyRegistry.standard.policy("h2o(budget=24)+kivi(bits=4,residual=32)")

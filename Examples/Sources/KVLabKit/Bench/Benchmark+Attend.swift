@@ -56,7 +56,6 @@ extension Benchmark {
     let cache = try cache(policy, layers: layers, heads: Self.allHeads, machine.backend)
     for layer in 0..<layers { try data.fill(cache, layer: layer, tokens: tokens, heads: Self.allHeads) }
     let bytes = cache.bytes(layer: 0)
-    print("DEBUG", store, layers, predicted, cache.bytes, machine.backend.memory.liveBytes, machine.backend.memory.peakBytes, Self.coldBytes)
     return Contestant(store: store, cache: cache, layers: layers, bytes: bytes.payload + bytes.metadata)
   }
 

@@ -1,14 +1,6 @@
 internal import Foundation
 package import KVCompression
 
-#if canImport(Glibc)
-  internal import Glibc
-#elseif canImport(Musl)
-  internal import Musl
-#else
-  internal import Darwin
-#endif
-
 /// What the benchmark runs.
 package struct BenchOptions: Sendable {
   /// Only cases whose label contains it; nil: all.
@@ -98,15 +90,18 @@ package final class Benchmark {
     max(1, min(128, (Self.coldBytes + bytesPerLayer - 1) / max(bytesPerLayer, 1)))
   }
 
-  static let coldBytes = max(192 << 20, 4 * lastLevelCache)
+  static let coldBytes = max(256 << 20, min(4 * lastLevelCache, 1 << 30))
 
+  /// Bytes of the cache that one core sees. 32 MiB where the system does not say.
   static let lastLevelCache: Int = {
-    #if os(Linux)
-      let sizes = [Int32(_SC_LEVEL2_CACHE_SIZE), Int32(_SC_LEVEL3_CACHE_SIZE)].map { sysconf($0) }
-      return max(sizes.max() ?? 0, 1 << 20)
-    #else
-      return 32 << 20
-    #endif
+    // Not sysconf: on AMD processors it adds up the caches of all cores.
+    let folder = "/sys/devices/system/cpu/cpu0/cache/"
+    let sizes = (2...4).compactMap { try? String(contentsOfFile: "\(folder)index\($0)/size", encoding: .utf8) }
+    let bytes = sizes.compactMap { text -> Int? in
+      let digits = Int(text.prefix { $0.isNumber })
+      return text.contains("M") ? digits.map { $0 << 20 } : digits.map { $0 << 10 }
+    }
+    return bytes.max() ?? 32 << 20
   }()
 
   /// A cache of `layers` layers of the shape, restricted to some KV heads.
