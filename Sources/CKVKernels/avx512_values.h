@@ -31,6 +31,10 @@ typedef double v_double __attribute__((aligned(4), may_alias)); /* two floats at
 /* Bits below code k where it stands. The high words of bits = 3 are brought down first, to leave room for a bit. */
 CKV_INLINE uint32_t v_below(uint32_t bits, uint32_t k) { return bits == 3 ? k % 8 * 2 : k * bits; }
 
+CKV_INLINE size_t v_weight_floats(const v_layout *l) {
+  return V_QUERIES * (l->period < 16 ? l->weight_query : (size_t)V_TILE * l->vectors * 16);
+}
+
 static bool v_layout_of(const ckv_run *run, v_layout *l) {
   uint32_t bits = run->bits;
   l->per = bits == 3 ? 16 : 32 / bits;
@@ -65,12 +69,29 @@ CKV_INLINE vf v_repeat(const float *p, const uint32_t period) {
   return vf_load(p);
 }
 
-/* Weights p * scale of a tile. min_sum[j]: sums of p * min, lanes as in memory, modulo rows. When all lanes are written
- * out the vectors of meta_lane say which lane of the metadata of rows_a_meta rows belongs to each lane of words. */
+/* Of a vector of metadata, which holds rows_a_meta rows. */
+typedef struct {
+  uint32_t row_of_lane[16]; /* the row of each of its lanes */
+  uint32_t *lane_of_word;   /* which of its lanes belongs to each lane of the rows' vectors of words */
+} v_places;
+
+static void v_find_places(const v_layout *l, v_places *places) {
+  for (uint32_t i = 0; i < 16; i++) places->row_of_lane[i] = i / l->groups;
+  for (uint32_t row = 0, *to = places->lane_of_word; row < l->rows_a_meta; row++) {
+    /* A row's words; when it has vectors of its own, also the lanes past its last word, which have code 0. */
+    uint32_t lanes = l->rows_a_vector > 1 ? l->words : 16 * l->vectors, word_of_group = 0, g = 0;
+    for (uint32_t i = 0; i < lanes; i++) {
+      *to++ = row * l->groups + g;
+      if (++word_of_group == l->words_a_group && g + 1 < l->groups) word_of_group = 0, g++;
+    }
+  }
+}
+
+/* Weights p * scale of a tile. min_sum[j]: sums of p * min, lanes as in memory, modulo rows. */
 CKV_INLINE void v_weights(const ckv_run *run, const v_layout *l, uint32_t type, uint32_t first, uint32_t n,
-                          const float *p, const uint32_t nq, size_t ld, const uint32_t *meta_lane,
-                          const uint32_t *row_lane, float *weights, float *min_sum) {
-  const __m512i row_of_lane = _mm512_loadu_si512(row_lane);
+                          const float *p, const uint32_t nq, size_t ld, const v_places *places, float *weights,
+                          float *min_sum) {
+  const __m512i row_of_lane = _mm512_loadu_si512(places->row_of_lane);
   vf mins[V_QUERIES];
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) mins[j] = vf_load(min_sum + 16 * j);
@@ -91,7 +112,7 @@ CKV_INLINE void v_weights(const ckv_run *run, const v_layout *l, uint32_t type, 
     float *to = weights + (size_t)(i / l->rows_a_vector) * l->weight_set;
     const uint32_t count = (rows + l->rows_a_vector - 1) / l->rows_a_vector * l->vectors;
     for (uint32_t x = 0; x < count; x++) {
-      __m512i from = _mm512_loadu_si512(meta_lane + 16 * x);
+      __m512i from = _mm512_loadu_si512(places->lane_of_word + 16 * x);
       CKV_UNROLL
       for (uint32_t j = 0; j < nq; j++)
         vf_store(to + (x * V_QUERIES + j) * 16, _mm512_permutexvar_ps(from, w[j]));
@@ -105,6 +126,7 @@ CKV_INLINE void v_weights(const ckv_run *run, const v_layout *l, uint32_t type, 
 CKV_INLINE __m512i v_words(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t *row,
                            __mmask16 mask, uint32_t v) {
   if (bits != 3 || !paired) return _mm512_maskz_loadu_epi32(mask, row + 16 * v);
+  /* Two rows with high planes between: lanes from 8 on are the second row's. */
   __m256i second = _mm256_maskz_loadu_epi32((__mmask8)(mask >> 8), row + l->row_words);
   return _mm512_inserti32x8(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)row)), second, 1);
 }
@@ -126,8 +148,8 @@ CKV_INLINE __m512i v_high_plane(const v_layout *l, const bool paired, const uint
 
 /* Four code positions from `k` on of one vector of words, over `sets` sets of rows. */
 CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t period,
-                            const uint32_t k, uint32_t v, const uint32_t *row, uint32_t sets, __mmask16 mask, const uint32_t nq,
-                            const float *weight, vf sum[V_QUERIES][4]) {
+                            const uint32_t k, uint32_t v, const uint32_t *row, uint32_t sets, __mmask16 mask,
+                            const uint32_t nq, const float *weight, vf sum[V_QUERIES][4]) {
   const size_t row_step = (size_t)l->rows_a_vector * l->row_words;
   const __m512i lane = v_lane(period);
   const uint32_t low = bits == 3 ? 3 : (1u << bits) - 1;
@@ -159,8 +181,8 @@ CKV_INLINE void v_quad_sets(const v_layout *l, const uint32_t bits, const bool p
 }
 
 CKV_INLINE void v_tile_quad(const v_layout *l, const uint32_t bits, const bool paired, const uint32_t period,
-                            const uint32_t k, uint32_t v, const uint32_t *words, uint32_t n, const uint32_t nq, const float *weights, float *acc,
-                            size_t acc_stride) {
+                            const uint32_t k, uint32_t v, const uint32_t *words, uint32_t n, const uint32_t nq,
+                            const float *weights, float *acc, size_t acc_stride) {
   vf sum[V_QUERIES][4];
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++)
@@ -182,12 +204,11 @@ CKV_INLINE void v_tile_quad(const v_layout *l, const uint32_t bits, const bool p
 }
 
 /* A tile of n <= V_TILE rows for nq query rows. acc[j]: by (vector, position, lane). */
-CKV_INLINE void v_tile_queries(const ckv_run *run, const v_layout *l, const uint32_t bits, uint32_t first, uint32_t n,
-                               const float *p, const uint32_t nq, size_t ld, const uint32_t *meta_lane,
-                               const uint32_t *row_lane, float *weights, float *min_sum, float *acc,
-                               size_t acc_stride) {
-  if (run->dtype == CKV_F16) v_weights(run, l, CKV_F16, first, n, p, nq, ld, meta_lane, row_lane, weights, min_sum);
-  else v_weights(run, l, run->dtype, first, n, p, nq, ld, meta_lane, row_lane, weights, min_sum);
+CKV_INLINE void v_tile(const ckv_run *run, const v_layout *l, const uint32_t bits, uint32_t first, uint32_t n,
+                       const float *p, const uint32_t nq, size_t ld, const v_places *places, float *weights,
+                       float *min_sum, float *acc, size_t acc_stride) {
+  if (run->dtype == CKV_F16) v_weights(run, l, CKV_F16, first, n, p, nq, ld, places, weights, min_sum);
+  else v_weights(run, l, run->dtype, first, n, p, nq, ld, places, weights, min_sum);
   const uint32_t *words = (const uint32_t *)run->data + (size_t)first * l->row_words;
   const uint32_t quads = (bits == 3 ? 16 : 32 / bits) / 4;
   for (uint32_t v = 0; v < l->vectors; v++) {
@@ -195,7 +216,7 @@ CKV_INLINE void v_tile_queries(const ckv_run *run, const v_layout *l, const uint
     CKV_UNROLL
     for (uint32_t k = 0; k < quads; k++) {
       const uint32_t period = bits == 8 ? 2 : bits == 4 ? 4 : 8; /* for groups of 32 */
-      const bool paired = bits == 3 && l->rows_a_vector == 2;
+      const bool paired = bits == 3 && l->rows_a_vector == 2; /* never compiled for other bits */
       float *at = to + 64 * k;
       if (l->period < 16 && paired)
         v_tile_quad(l, bits, bits == 3, period, 4 * k, v, words, n, nq, weights, at, acc_stride);
@@ -238,26 +259,18 @@ CKV_INLINE void v_accumulate_bits(const ckv_run *run, const v_layout *l, const u
                                   size_t acc_stride, float *scratch) {
   const size_t stride = (size_t)l->vectors * l->per * 16;
   float *sums = scratch, *min_sum = sums + m * stride, *weights = min_sum + (size_t)m * 16;
-  uint32_t *meta_lane = (uint32_t *)(weights + (size_t)V_TILE * l->vectors * V_QUERIES * 16), row_lane[16];
+  v_places places = {.lane_of_word = (uint32_t *)(weights + v_weight_floats(l))};
   memset(sums, 0, m * (stride + 16) * sizeof(float));
-  for (uint32_t row = 0, *to = meta_lane; row < l->rows_a_meta; row++) {
-    /* A row's words; when it has vectors of its own, also the lanes past its last word, which have code 0. */
-    uint32_t lanes = l->rows_a_vector > 1 ? l->words : 16 * l->vectors, word_of_group = 0, g = 0;
-    for (uint32_t i = 0; i < lanes; i++) {
-      *to++ = row * l->groups + g;
-      if (++word_of_group == l->words_a_group && g + 1 < l->groups) word_of_group = 0, g++;
-    }
-  }
-  for (uint32_t i = 0; i < 16; i++) row_lane[i] = i / l->groups;
+  v_find_places(l, &places);
   for (uint32_t i = 0; i < count; i += V_TILE) {
     uint32_t n = ckv_min_u32(V_TILE, count - i);
     for (uint32_t j = 0, nq; j < m; j += nq) {
       nq = m - j >= 4 ? 4 : m - j >= 2 ? 2 : 1;
       const float *weight = p + j * ld + i;
       float *to = sums + j * stride, *mins = min_sum + j * 16;
-      if (nq == 4) v_tile_queries(run, l, bits, first + i, n, weight, 4, ld, meta_lane, row_lane, weights, mins, to, stride);
-      else if (nq == 2) v_tile_queries(run, l, bits, first + i, n, weight, 2, ld, meta_lane, row_lane, weights, mins, to, stride);
-      else v_tile_queries(run, l, bits, first + i, n, weight, 1, ld, meta_lane, row_lane, weights, mins, to, stride);
+      if (nq == 4) v_tile(run, l, bits, first + i, n, weight, 4, ld, &places, weights, mins, to, stride);
+      else if (nq == 2) v_tile(run, l, bits, first + i, n, weight, 2, ld, &places, weights, mins, to, stride);
+      else v_tile(run, l, bits, first + i, n, weight, 1, ld, &places, weights, mins, to, stride);
     }
   }
   for (uint32_t j = 0; j < m; j++)

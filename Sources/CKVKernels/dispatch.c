@@ -86,12 +86,19 @@ uint32_t ckv_row_words(uint32_t dim, uint32_t bits) {
 
 uint32_t ckv_group_words(uint32_t group, uint32_t bits) { return group / 32 * bits; }
 
-/* Enough for the hungriest user of each level:
- *   tile paths: a tile of rows and its transpose, 2 * TILE_ROWS * padded dim;
- *   avx512 keys: q planes of four query rows, 4 * 48 floats for every 16 channels, plus folded queries;
- *   avx512 values: permuted accumulators and weights of a tile. */
+static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
+static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+/* Enough for the hungriest user of every level:
+ *   rows as f32: a tile and its transpose;
+ *   avx512 keys: for every 16 channels of four query rows two vectors of products and one of digits;
+ *   avx512 values: for every query row a sum for every code position of whole vectors of words, and 16 of the mins;
+ *     the weights of 64 rows for four query rows, a lane for every word (8 bits have most), and where they come from.
+ * Kernels take many query rows in blocks or by tiles, so m matters only up to CKV_MANY_QUERIES. */
 size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
-  size_t padded = ((size_t)dim + 255) / 256 * 256 + 256;
-  (void)m; /* the kernels work in blocks of a few query rows */
-  return padded * (2 * CKV_TILE_ROWS + 32) + 4096;
+  size_t padded = round_up(dim, 16), lanes = round_up(((size_t)dim + 3) / 4, 16), few = at_least(m, 1);
+  if (few > CKV_MANY_QUERIES) few = CKV_MANY_QUERIES;
+  size_t rows = 2 * CKV_TILE_ROWS * padded, keys = 3 * 4 * padded;
+  size_t values = few * (round_up(dim, 256) + 16) + at_least(64 * 4 * lanes, 4 * (64 * 16 + 16)) + 16 * lanes;
+  return at_least(at_least(rows, keys), values);
 }

@@ -23,7 +23,7 @@
 /* From how many query rows on the vector levels convert rows to a tile of f32 first. */
 #define CKV_MANY_QUERIES 12u
 
-/* Rows the levels decode at a time when they work from an f32 tile. */
+/* Rows the levels decode at a time when they work from an f32 tile. ckv_scratch_floats counts on it. */
 #define CKV_TILE_ROWS 32u
 
 /* ---- scalar conversions ------------------------------------------------------------------------------------- */
@@ -42,7 +42,8 @@ CKV_INLINE float ckv_float_of(uint32_t u) {
 
 CKV_INLINE float ckv_from_f16(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
-  if (rest >= 0x7c00u) return ckv_float_of(sign | 0x7f800000u | (rest & 0x3ffu ? 0x400000u : 0) | (rest & 0x3ffu) << 13);
+  uint32_t quiet = rest & 0x3ffu ? 0x400000u : 0;
+  if (rest >= 0x7c00u) return ckv_float_of(sign | 0x7f800000u | quiet | (rest & 0x3ffu) << 13);
   if (rest >= 0x0400u) return ckv_float_of(sign | ((rest << 13) + (112u << 23)));
   float magnitude = (float)rest * 0x1p-24f; /* zero and subnormals: exact */
   return ckv_float_of(sign | ckv_bits_of(magnitude));

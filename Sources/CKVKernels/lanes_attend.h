@@ -214,12 +214,13 @@ static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, cons
         vf_transpose(rows + (size_t)r * padded + c, padded, tile + (size_t)c * V_TILE_LANES + r, V_TILE_LANES);
     for (; j + V_TILE_QUERIES <= m; j += V_TILE_QUERIES)
       v_logits_tile(tile, dim, n, q + j * q_stride, V_TILE_QUERIES, q_stride, scale, out + j * ld + i, ld);
-    for (; j + 4 <= m; j += 4) v_logits_tile(tile, dim, n, q + j * q_stride, 4, q_stride, scale, out + j * ld + i, ld);
+    for (; j + 4 <= m; j += 4)
+      v_logits_tile(tile, dim, n, q + j * q_stride, 4, q_stride, scale, out + j * ld + i, ld);
     for (; j < m; j++) v_logits_tile(tile, dim, n, q + j * q_stride, 1, q_stride, scale, out + j * ld + i, ld);
   }
 }
 
-/* ---- the table's entries ------------------------------------------------------------------------------------------ */
+/* ---- the table's entries ----------------------------------------------------------------------------------------- */
 
 static void logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                    float scale, float *out, size_t ld, float *scratch) {

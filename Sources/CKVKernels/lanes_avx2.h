@@ -41,6 +41,11 @@ CKV_INLINE void v_store_half_n(void *p, __m128i x, uint32_t n) {
 CKV_INLINE vf v_widen_bf16(__m128i h) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
+CKV_INLINE vf vf_set1_f16(const void *p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return _mm256_cvtph_ps(_mm_set1_epi16((short)h));
+}
 CKV_INLINE vf vf_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 CKV_INLINE vf vf_load_f16_n(const void *p, uint32_t n) { return _mm256_cvtph_ps(v_load_half_n(p, n)); }
 CKV_INLINE vf vf_load_bf16(const void *p) { return v_widen_bf16(_mm_loadu_si128((const __m128i *)p)); }
@@ -134,7 +139,8 @@ CKV_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float out[4]) {
 CKV_INLINE void vf_transpose(const float *from, size_t from_stride, float *to, size_t to_stride) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
-    __m256 x = _mm256_loadu_ps(from + (size_t)i * from_stride), y = _mm256_loadu_ps(from + (size_t)(i + 1) * from_stride);
+    const float *p = from + (size_t)i * from_stride;
+    __m256 x = _mm256_loadu_ps(p), y = _mm256_loadu_ps(p + from_stride);
     a[i] = _mm256_unpacklo_ps(x, y);
     a[i + 1] = _mm256_unpackhi_ps(x, y);
   }

@@ -20,6 +20,11 @@ CKV_INLINE vf vf_load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_s
 CKV_INLINE vf vf_load_f16_n(const void *p, uint32_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(v_first(n), p));
 }
+CKV_INLINE vf vf_set1_f16(const void *p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return _mm512_cvtph_ps(_mm256_set1_epi16((short)h));
+}
 CKV_INLINE vf v_widen_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
@@ -108,7 +113,8 @@ CKV_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float out[4]) {
 CKV_INLINE void vf_transpose(const float *from, size_t from_stride, float *to, size_t to_stride) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
-    __m512 x = _mm512_loadu_ps(from + (size_t)i * from_stride), y = _mm512_loadu_ps(from + (size_t)(i + 1) * from_stride);
+    const float *p = from + (size_t)i * from_stride;
+    __m512 x = _mm512_loadu_ps(p), y = _mm512_loadu_ps(p + from_stride);
     a[i] = _mm512_unpacklo_ps(x, y);
     a[i + 1] = _mm512_unpackhi_ps(x, y);
   }

@@ -144,7 +144,8 @@ CKV_INLINE void v_encode_group(const char *src, uint32_t type, uint32_t n, uint3
   ckv_store_scalar(min, meta_type, at, low);
   vf s = vf_set1(ckv_load_scalar(scale, meta_type, at)), mn = vf_set1(ckv_load_scalar(min, meta_type, at));
   vf levels = vf_set1(ckv_levels(bits));
-  for (uint32_t c = 0; c < whole; c += VN) vi_store_bytes(codes + c, v_code(vf_load_as(src + c * size, type), s, mn, levels));
+  for (uint32_t c = 0; c < whole; c += VN)
+    vi_store_bytes(codes + c, v_code(vf_load_as(src + c * size, type), s, mn, levels));
   if (whole < n) {
     uint8_t tail[VN];
     vi_store_bytes(tail, v_code(vf_load_as_n(src + whole * size, type, n - whole), s, mn, levels));
@@ -233,32 +234,34 @@ CKV_INLINE vi v_row_codes(const uint32_t *plane, uint32_t words, uint32_t bits, 
 
 CKV_INLINE void v_decode_row(const ckv_run *run, uint32_t bits, uint32_t first, uint32_t count, float *out,
                              size_t out_stride) {
-  float scales[4096 + VN], mins[4096 + VN]; /* of one row, as f32 */
   uint32_t dim = run->dim, group = run->group, groups = (dim + group - 1) / group, type = run->dtype;
   uint32_t words = ckv_row_words(dim, bits), low_words = bits == 3 ? ckv_plane_words(dim, 2) : words;
   for (uint32_t i = 0; i < count; i++) {
     const uint32_t *row = (const uint32_t *)run->data + (size_t)(first + i) * words;
-    size_t meta = (size_t)(first + i) * groups;
+    const void *scales = ckv_offset(run->scale, type, (size_t)(first + i) * groups);
+    const void *mins = ckv_offset(run->min, type, (size_t)(first + i) * groups);
     float *to = out + i * out_stride;
-    convert(scales, CKV_F32, ckv_offset(run->scale, type, meta), type, groups);
-    convert(mins, CKV_F32, ckv_offset(run->min, type, meta), type, groups);
-    for (uint32_t c = 0, g = 0, group_end = group; c < dim; c += VN) {
+    vf s = vf_zero(), mn = vf_zero(); /* of the group that ends before channel `group_end`, unless lanes differ */
+    for (uint32_t c = 0, group_end = 0; c < dim; c += VN) {
       vi code = v_row_codes(row, low_words, bits == 3 ? 2 : bits, c);
       if (bits == 3) code = vi_or(code, vi_left(v_row_codes(row + low_words, words - low_words, 1, c), 2));
       uint32_t n = ckv_min_u32(VN, dim - c);
-      while (c >= group_end) g++, group_end += group;
-      vf s, mn;
-      if (c + n <= group_end) {
-        s = vf_set1(scales[g]);
-        mn = vf_set1(mins[g]);
-      } else { /* lanes of several groups */
-        float lane_scales[VN] = {0}, lane_mins[VN] = {0};
-        for (uint32_t k = 0; k < n; k++) {
-          lane_scales[k] = scales[(c + k) / group];
-          lane_mins[k] = mins[(c + k) / group];
+      if (c + n > group_end) {
+        uint32_t g = c / group;
+        if (c + n <= (g + 1) * group) {
+          group_end = (g + 1) * group;
+          s = vf_set1_as(ckv_offset(scales, type, g), type);
+          mn = vf_set1_as(ckv_offset(mins, type, g), type);
+        } else {
+          float lane_scales[VN] = {0}, lane_mins[VN] = {0};
+          for (uint32_t k = 0; k < n; k++) {
+            lane_scales[k] = ckv_load_scalar(scales, type, (c + k) / group);
+            lane_mins[k] = ckv_load_scalar(mins, type, (c + k) / group);
+          }
+          s = vf_load(lane_scales);
+          mn = vf_load(lane_mins);
+          group_end = 0;
         }
-        s = vf_load(lane_scales);
-        mn = vf_load(lane_mins);
       }
       vf product = vf_from_vi(code) * s;
       if (n == VN) vf_store(to + c, product + mn);

@@ -46,6 +46,11 @@ CKV_INLINE uint16x4_t v_load_half(const void *p) {
 }
 CKV_INLINE vf v_widen_f16(uint16x4_t h) { return vcvt_f32_f16(vreinterpret_f16_u16(h)); }
 CKV_INLINE vf v_widen_bf16(uint16x4_t h) { return vreinterpretq_f32_u32(vshll_n_u16(h, 16)); }
+CKV_INLINE vf vf_set1_f16(const void *p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return v_widen_f16(vdup_n_u16(h));
+}
 CKV_INLINE vf vf_load_f16(const void *p) { return v_widen_f16(v_load_half(p)); }
 CKV_INLINE vf vf_load_f16_n(const void *p, uint32_t n) { return v_widen_f16(v_load_half_n(p, n)); }
 CKV_INLINE vf vf_load_bf16(const void *p) { return v_widen_bf16(v_load_half(p)); }

@@ -12,3 +12,7 @@ CKV_INLINE void vf_store_as_n(void *p, uint32_t type, vf x, uint32_t n) {
   else if (type == CKV_F16) vf_store_f16_n(p, x, n);
   else vf_store_bf16_n(p, x, n);
 }
+/* One element in every lane, without a detour through memory. */
+CKV_INLINE vf vf_set1_as(const void *p, uint32_t type) {
+  return type == CKV_F16 ? vf_set1_f16(p) : vf_set1(ckv_load_scalar(p, type, 0));
+}

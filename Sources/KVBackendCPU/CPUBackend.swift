@@ -45,7 +45,7 @@ package final class CPUBackend: ComputeBackend {
   package init(threads: Int? = nil, level: String? = nil) throws(KVError) {
     let wanted = level ?? CPUBackend.environment("KV_CPU_LEVEL")
     if let wanted {
-      guard let found = ckv_named(wanted) else {
+      guard !wanted.utf8.contains(0), let found = ckv_named(wanted) else {
         throw KVError(
           .unavailable,
           "CPU level \(wanted) is not available here; this machine has \(Backend.cpuLevels.joined(separator: ", "))")

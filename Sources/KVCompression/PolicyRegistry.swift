@@ -68,7 +68,7 @@ public struct PolicyRegistry: Sendable {
       let hint = nearestName(to: stage.name, among: names).map { "; did you mean \"\($0)\"?" } ?? ""
       throw KVError(
         .unknownName,
-        "no method is called \"\(stage.name)\"\(hint) There are \(names.joined(separator: ", ")), f32, f16 and bf16",
+        "no method is called \"\(stage.name)\"\(hint); there are \(names.joined(separator: ", ")), f32, f16 and bf16",
         offset: stage.offset)
     }
     return try method.part(for: stage)

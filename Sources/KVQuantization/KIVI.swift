@@ -31,12 +31,12 @@ extension Store {
     keyBits: Int = 2, valueBits: Int? = nil, group: Int = 32, residual: Int = 128, window: ElementType = .f16,
     metadata: ElementType = .f16
   ) throws(KVError) -> Store {
-    guard residual > 0, residual <= 1 << 20, group > 0, residual % group == 0 else {
+    let keys = try RowEncoding.affinePerChannel(bits: keyBits, group: group, metadata: metadata)
+    let values = try RowEncoding.affinePerToken(bits: valueBits ?? keyBits, group: group, metadata: metadata)
+    guard residual > 0, residual <= 1 << 20, residual % group == 0 else {
       throw KVError(
         .invalidOption, "kivi's residual must be a positive multiple of its group of \(group) tokens; got \(residual)")
     }
-    let keys = try RowEncoding.affinePerChannel(bits: keyBits, group: group, metadata: metadata)
-    let values = try RowEncoding.affinePerToken(bits: valueBits ?? keyBits, group: group, metadata: metadata)
     let bits: [SpecOption] =
       keys.bits == values.bits
       ? [SpecOption("bits", .integer(keys.bits))]

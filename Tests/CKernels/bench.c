@@ -58,7 +58,8 @@ static store make_store(const ckv_kernels *k, store_kind kind, const float *sour
   store s = {.bytes = 0};
   for (int h = 0; h < HEADS; h++) {
     for (int side = 0; side < 2; side++) {
-      ckv_run run = {.dtype = kind.type, .bits = kind.bits, .group = GROUP, .dim = DIM, .rows = ROWS, .row_stride = DIM};
+      ckv_run run = {.dtype = kind.type, .bits = kind.bits, .group = GROUP, .dim = DIM, .rows = ROWS,
+                     .row_stride = DIM};
       if (kind.bits == 0) {
         size_t bytes = (size_t)ROWS * DIM * (kind.type == CKV_F32 ? 4 : 2);
         void *data = aligned(bytes);
@@ -249,7 +250,8 @@ int run_bench(const char *name) {
     store copies[16];
     int count = 0;
     copies[count++] = make_store(k, kinds[i], source);
-    while (count < 16 && (double)count * (double)copies[0].bytes < 160e6) copies[count++] = make_store(k, kinds[i], source);
+    while (count < 16 && (double)count * (double)copies[0].bytes < 160e6)
+      copies[count++] = make_store(k, kinds[i], source);
     double one = time_attend(k, copies, count, 4, 1), two = time_attend(k, copies, count, 4, 2);
     double single = time_attend(k, copies, count, 1, 1), many = time_attend(k, copies, count, 32, 1);
     double scoring = time_scoring(k, &copies[0], 128);

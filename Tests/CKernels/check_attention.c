@@ -193,8 +193,9 @@ static void check_accumulate(const ckv_kernels *k, const subject *s) {
         for (uint32_t c = 0; c < dim; c++) {
           double error = fabs((double)acc[j * stride + c] - sum[(size_t)j * dim + c]);
           double bound = (count + 8) * eps * size[(size_t)j * dim + c];
-          expect(error <= bound, "%s accumulate kind %u type %u bits %u group %u dim %u m %u j %u c %u: %g, want %g, bound %g",
-                 k->name, run->kind, run->dtype, run->bits, run->group, dim, m, j, c, (double)acc[j * stride + c],
+          expect(error <= bound,
+                 "%s accumulate kind %u type %u bits %u group %u dim %u m %u j %u c %u: %g, want %g, bound %g", k->name,
+                  run->kind, run->dtype, run->bits, run->group, dim, m, j, c, (double)acc[j * stride + c],
                  sum[(size_t)j * dim + c], bound);
         }
       bool rest = true;
@@ -216,8 +217,23 @@ static void check_subject(const ckv_kernels *k, subject s) {
   release(&s);
 }
 
+/* What a level does with affine runs on CPUs that have less than this one. */
+void check_attention_affine(const ckv_kernels *k) {
+  static const uint32_t all_bits[] = {2, 3, 4, 8}, few_dims[] = {40, 80, 128, 192};
+  for (size_t d = 0; d < 4; d++)
+    for (size_t b = 0; b < 4; b++)
+      check_subject(k, affine(CKV_AFFINE_CHANNEL, few_dims[d], 128, all_bits[b], 32, CKV_F16));
+}
+
 void check_attention(pair p) {
   static const uint32_t all_bits[] = {2, 3, 4, 8};
+  /* The longest rows, where scratch memory is tightest. */
+  check_subject(p.level, affine(CKV_AFFINE_CHANNEL, 4096, 64, 8, 32, CKV_F16));
+  check_subject(p.level, affine(CKV_AFFINE_ROW, 4096, 41, 8, 256, CKV_F16));
+  check_subject(p.level, affine(CKV_AFFINE_ROW, 4096, 41, 8, 4096, CKV_BF16));
+  check_subject(p.level, affine(CKV_AFFINE_ROW, 1000, 70, 3, 128, CKV_F16));
+  check_subject(p.level, affine(CKV_AFFINE_ROW, 512, 70, 2, 32, CKV_F16));
+  check_subject(p.level, dense(4095, 41, CKV_BF16));
   uint32_t turn = 0;
   for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
     for (uint32_t type = 0; type < 3; type++) check_subject(p.level, dense(dims[d], 75, type));

@@ -125,8 +125,9 @@ static void check_case(pair p, uint32_t kind, uint32_t dim, uint32_t bits, uint3
          p.level->name, label, dim, bits, group);
   expect(memcmp(want.min, got.min, e.meta_count * size_of(type)) == 0, "%s encode %s min dim %u bits %u group %u",
          p.level->name, label, dim, bits, group);
-  expect(memcmp(want.codes, got.codes, e.code_count * 4) == 0, "%s encode %s codes dim %u bits %u group %u type %u src %u",
-         p.level->name, label, dim, bits, group, type, src_type);
+  expect(memcmp(want.codes, got.codes, e.code_count * 4) == 0,
+         "%s encode %s codes dim %u bits %u group %u type %u src %u", p.level->name,
+          label, dim, bits, group, type, src_type);
   if (p.level == p.portable) check_values(want);
   static const uint32_t starts[] = {0, 1, 13, 30};
   for (int i = 0; i < 4; i++) {

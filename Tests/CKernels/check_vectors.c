@@ -112,7 +112,8 @@ static uint16_t nearest(double x, uint32_t type) {
     if (value_of(&mid, type, 0) <= a) low = mid;
     else high = mid;
   }
-  double below = value_of(&low, type, 0), above = high == top ? (type == CKV_F16 ? 65536.0 : 0x1p128) : value_of(&high, type, 0);
+  double below = value_of(&low, type, 0), above = value_of(&high, type, 0);
+  if (high == top) above = type == CKV_F16 ? 65536.0 : 0x1p128;
   if (a >= above) return (uint16_t)(sign | high);
   bool up = a - below > above - a || (a - below == above - a && (low & 1));
   return (uint16_t)(sign | (up ? high : low));

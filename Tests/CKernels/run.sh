@@ -21,8 +21,8 @@ echo "== address and undefined behaviour sanitizers"
 if $CC -fsanitize=address,undefined -x c /dev/null -S -o /dev/null 2>/dev/null &&
   echo 'int main(void) { return 0; }' | $CC -fsanitize=address,undefined -x c - -o "$OUT/probe" 2>/dev/null; then
   # shellcheck disable=SC2086
-  $CC $FLAGS -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $SOURCES -o "$OUT/harness-san" -lpthread -lm \
-    2>"$OUT/link.log" || { cat "$OUT/link.log"; exit 1; }
+  $CC $FLAGS -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $SOURCES \
+    -o "$OUT/harness-san" -lpthread -lm 2>"$OUT/link.log" || { cat "$OUT/link.log"; exit 1; }
   "$OUT/harness-san" check "$@"
 else
   echo "skipped: this compiler has no sanitizer runtime"

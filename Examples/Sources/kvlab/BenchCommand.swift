@@ -52,11 +52,10 @@ struct BenchCommand: ParsableCommand {
       var options = BenchOptions(threads: counts, filter: filter)
       options.contexts = contextList ?? options.contexts
       options.secondsPerGroup = seconds
-      print("\(try Backend.cpu().name); \(cores) cores")
-      print(BenchRecord.heading)
+      printNow("\(try Backend.cpu().name); \(cores) cores\n\(BenchRecord.heading)\n")
       var lines = ""
       let benchmark = Benchmark(options, progress: ProgressBar()) { record in
-        print(record.line)
+        printNow(record.line + "\n")
         lines += record.json.compact + "\n"
       }
       try benchmark.run()

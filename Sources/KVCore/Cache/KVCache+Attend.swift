@@ -50,7 +50,7 @@ extension KVCache {
     var token = 0
     for (cache, count) in zip(caches, tokens) {
       try cache.check(output, queries: queries.tokens, layer: layer, options ?? cache.attention)
-      try cache.checkQueries(queries.slice(tokens: token..<token + count), cache.state(layer))
+      try cache.checkQueries(queries.slice(tokens: token..<token + count), cache.state(layer), causal: (options ?? cache.attention).causal)
       token += count
     }
     for cache in caches { try cache.prepare(layer: layer, options: options ?? cache.attention) }
@@ -77,7 +77,7 @@ extension KVCache {
     logSumExp: UnsafeMutablePointer<Float>?, options: AttentionOptions
   ) throws(KVError) {
     try check(output, queries: queries.tokens, layer: layer, options)
-    try checkQueries(queries, state(layer))
+    try checkQueries(queries, state(layer), causal: options.causal)
     try prepare(layer: layer, options: options)
     plan.reset()
     describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
@@ -120,6 +120,12 @@ extension KVCache {
   private func prepare(layer: Int, options: AttentionOptions) throws(KVError) {
     let state = try state(layer)
     guard options.commits else { return }
+    guard options.causal || !(tracksScores(state) || capturesQueries(state)) else {
+      throw KVError(
+        .unsupported,
+        "queries that see every row have no position and cannot count for \(policy.spec): pass commits: false",
+        layer: layer)
+    }
     if tracksScores(state) { for segment in state.segments { try segment.prepareScores() } }
     if capturesQueries(state), state.queryWindow == nil {
       state.queryWindow = try QueryWindow(

@@ -156,14 +156,16 @@ public final class KVCache {
     return layers[layer]
   }
 
-  package func checkQueries(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {
+  package func checkQueries(
+    _ queries: borrowing TensorView, _ state: LayerState, causal: Bool = true
+  ) throws(KVError) {
     guard queries.heads == state.shape.queryHeads, queries.dim == state.shape.keyDim else {
       throw KVError(
         .shapeMismatch,
         "queries of \(state.shape.queryHeads) heads x \(state.shape.keyDim) channels expected; got "
           + "\(queries.heads) x \(queries.dim)", layer: state.layer)
     }
-    guard queries.tokens >= 1, queries.tokens <= state.seen else {
+    guard queries.tokens >= 1, !causal || queries.tokens <= state.seen else {
       throw KVError(
         .shapeMismatch,
         "queries of the last 1...\(state.seen) appended tokens expected; got \(queries.tokens)", layer: state.layer)

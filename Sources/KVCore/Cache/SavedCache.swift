@@ -11,7 +11,7 @@
 ///                         cached flag · KV heads, query heads, key dim, value dim u32 · maybe sliding window count
 /// LAYR layer              cached layers only
 ///                         tokens seen · observed tokens · observed queries · settled tokens
-///                         · decoded since compression · frozen below: counts
+///                         · decoded since compression · frozen below · prompt start: counts
 ///                         phase u8 · outcome u8 and its numbers
 ///                         maybe query window: capacity count · captured count
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first

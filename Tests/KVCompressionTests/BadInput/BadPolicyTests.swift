@@ -231,6 +231,9 @@ import Testing
     try cache.finishPrefill()
     expectError(.wrongPhase, layer: 1) { try cache.finishPrefill(layer: 1) }
     expectError(.shapeMismatch, layer: 9) { try cache.commit(layer: 9) }
+    let before = try Snapshot(cache)
+    expectError(.unsupported, "commits: false", layer: 0) { try traffic.attend(cache, 0, 39..<40, AttentionOptions(causal: false)) }
+    #expect(try Snapshot(cache) == before)
     expectError(.invalidOption, "-1") { _ = try cache.policy.estimate(shape: Self.shape, prompt: -1) }
     expectError(.invalidOption, "-5") { _ = try cache.policy.estimate(shape: Self.shape, prompt: 3, decoded: -5) }
     expectError(.invalidOption, "0") { _ = try cache.policy.estimate(shape: Self.shape, prompt: 3, chunk: 0) }

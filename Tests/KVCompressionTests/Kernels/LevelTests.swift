@@ -8,7 +8,7 @@ import Testing
   static let stores = ["f32", "f16", "bf16"] + [2, 3, 4, 8].flatMap { bits in
     ["f16", "bf16", "f32"].map { "kivi(bits=\(bits),residual=32,window=f32,metadata=\($0))" }
   }
-  static let dims = [1, 2, 7, 8, 15, 16, 17, 31, 33, 40, 63, 64, 67, 127, 129]
+  static let dims = [1, 2, 7, 8, 15, 16, 17, 33, 40, 63, 67, 129]
 
   /// Codes and metadata, so decoded rows, are the same bits at every level; attention agrees with f64.
   @Test(arguments: stores)
@@ -50,17 +50,17 @@ import Testing
     let traffic = Self.rough(geometry.shape(), tokens: 140, seed: 3)
     let layer = geometry.layer()
     withEvery("level", in: Backend.cpuLevels) { level in
-      withEvery("store", in: ["f32", "f16", "kivi(bits=4,residual=32)"]) { store in
+      withEvery("store", in: ["f16", "kivi(bits=4,residual=32)"]) { store in
         let cache = try makeCache(store, traffic.shape, backend: .cpu(threads: 2, level: level))
         try traffic.append(cache, 0, 0..<140)
         if store.hasPrefix("kivi") { try cache.finishPrefill() }
         let held = try (0..<2).map { try cache.read(layer: 0, head: $0) }
-        withEvery("queries", in: [1, 2, 5, 8, 32, 33, 64]) { count in
+        withEvery("queries", in: [1, 2, 5, 33]) { count in
           let range = 140 - count..<140
           let floats = traffic.queries(0, range)
           let halves = floats.map { Float16($0) }
           let brains = floats.map { bfloat16($0) }
-          for type in ElementType.all {
+          for type in ElementType.all where type == .f32 || count == 2 || count == 33 {
             var out = [Float](repeating: .nan, count: 6 * count * 33)
             var span = out.mutableSpan
             var view = try MutableTensorView(&span, heads: 6, tokens: count, dim: 33)
@@ -80,7 +80,10 @@ import Testing
             }
             _ = consume view
             labelled("\(type)") {
-              try Oracle(held, layer, queries: exact, tokens: count, firstPosition: range.lowerBound, options: looking).check(out)
+              try Oracle(
+                held, layer, queries: exact, tokens: count, firstPosition: range.lowerBound, options: looking,
+                folded: store.hasPrefix("kivi")
+              ).check(out)
             }
           }
         }
@@ -96,7 +99,7 @@ import Testing
     ]
     withEvery("level", in: Backend.cpuLevels) { level in
       withEvery("length", in: [1, 3, 8, 15, 16, 17, edges.count]) { length in
-        withEvery("shift", in: 0..<edges.count) { shift in
+        withEvery("shift", in: stride(from: 0, to: edges.count, by: 5)) { shift in
           let row = (0..<length).map { edges[($0 + shift) % edges.count] }
           let shape = Geometry(1, 1, length).shape()
           for store in ["f16", "bf16"] {
@@ -189,10 +192,10 @@ import Testing
           let cache = try makeCache(store, traffic.shape, backend: .cpu(threads: 1, level: level))
           try traffic.append(cache, 0, 0..<69)
           if store.hasPrefix("kivi") { try cache.finishPrefill() }
-          try labelled("factor \(factor)") {
+          labelled("factor \(factor)") {
             let output = try traffic.checkedStep(cache, 0, 69..<70)
             check(output.allSatisfy(\.isFinite), "not finite: \(output)")
-            if factor == 0 {
+            if factor == 0, store == "f32" {
               let held = try cache.read(layer: 0, head: 0)
               for c in 0..<5 {
                 let mean = (0..<70).reduce(0.0) { $0 + Double(held.values[$1 * 5 + c]) } / 70
@@ -214,7 +217,7 @@ import Testing
       let cache = try makeCache("f32", traffic.shape, backend: .cpu(threads: 1, level: level))
       let output = try traffic.step(cache, 0..<20)
       withKnownIssue("a logit beyond f32 gives NaN, silently: no error names the query", isIntermittent: true) {
-        #expect(output.allSatisfy(\.isFinite))
+        #expect(!output.contains { !$0.isFinite })
       }
     }
   }

@@ -304,13 +304,16 @@ extension Selection {
 ///
 /// With u = 2^-24: a logit of d products is off by at most (d + 4)·u·scale·Σ|q·k|, its difference to the maximum by
 /// 2u·|logit|, exp by 4 ulp, a sum of n weights by n·u; so a weight by a factor 1 ± (2δ + (2n + 32)·u).
+///
+/// Kernels over affine codes add minima and codes times scales apart (`folded`): a number is then the sum of two, each
+/// up to the largest of its group, and so are the roundings.
 struct Oracle {
   var outputs: [Double] = []
   var bounds: [Double] = []
 
   init(
     _ heads: [HeadContents], _ layer: LayerShape, queries: [Float], tokens: Int, firstPosition: Int,
-    options: AttentionOptions = .init()
+    options: AttentionOptions = .init(), folded: Bool = false
   ) throws {
     let reference = AttentionReference(
       scale: options.scale.map(Double.init), causal: options.causal, slidingWindow: layer.slidingWindow,
@@ -333,6 +336,17 @@ struct Oracle {
         queryPositions: (0..<tokens).map { firstPosition + $0 }, keyPositions: [heads[head].positions],
         logBias: [heads[head].logBias.map(Double.init)], keepWeights: true)
       outputs += result.outputs
+      // The largest number of any group: at most the largest of the channel (keys) and of the row (values).
+      var keyTops = [Double](repeating: 0, count: layer.keyDim)
+      var valueTops = [Double](repeating: 0, count: rows)
+      if folded {
+        for row in 0..<rows {
+          for c in 0..<layer.keyDim { keyTops[c] = max(keyTops[c], abs(Double(heads[head].keys[row * layer.keyDim + c]))) }
+          for c in 0..<layer.valueDim {
+            valueTops[row] = max(valueTops[row], abs(Double(heads[head].values[row * layer.valueDim + c])))
+          }
+        }
+      }
       for member in 0..<group {
         for token in 0..<tokens {
           let weights = result.weights(head: member, query: token)
@@ -341,13 +355,13 @@ struct Oracle {
           for (row, weight) in weights.enumerated() where weight > 0 {
             var size = 0.0
             for c in 0..<layer.keyDim {
-              size += abs(
-                Double(own[(member * tokens + token) * layer.keyDim + c])
-                  * Double(heads[head].keys[row * layer.keyDim + c]))
+              size +=
+                abs(Double(own[(member * tokens + token) * layer.keyDim + c]))
+                * (abs(Double(heads[head].keys[row * layer.keyDim + c])) + 3 * keyTops[c])
             }
             delta = max(delta, (Double(layer.keyDim) + 8) * unit * scale * size)
             for c in 0..<layer.valueDim {
-              magnitude[c] += weight * abs(Double(heads[head].values[row * layer.valueDim + c]))
+              magnitude[c] += weight * (abs(Double(heads[head].values[row * layer.valueDim + c])) + 3 * valueTops[row])
             }
           }
           let factor = 2 * delta + Double(2 * rows + 32) * unit
@@ -386,7 +400,7 @@ extension Traffic {
     let output = try attend(cache, layer, range, options)
     try Oracle(
       held, s, queries: queries(layer, range), tokens: range.count, firstPosition: range.lowerBound,
-      options: options ?? cache.attention
+      options: options ?? cache.attention, folded: cache.policy.tiers.contains { $0.spec.name != "dense" }
     ).check(output, sourceLocation: sourceLocation)
     return output
   }

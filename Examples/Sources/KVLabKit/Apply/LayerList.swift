@@ -10,7 +10,8 @@ package struct LayerList: Sendable, Hashable {
     var layers: Set<Int> = []
     var offset = 0
     for piece in text.split(separator: ",", omittingEmptySubsequences: false) {
-      let bounds = piece.split(separator: "-", maxSplits: 1, omittingEmptySubsequences: false).map { Int(String($0).trimmed) }
+      let bounds = piece.split(separator: "-", maxSplits: 1, omittingEmptySubsequences: false)
+        .map { Int(String($0).trimmed) }
       guard let first = bounds[0], let last = bounds.count == 1 ? first : bounds[1], first >= 0, last >= first,
         last < 1 << 16
       else {

@@ -65,9 +65,11 @@ package final class BenchData {
     try cache.append(
       layer: layer,
       keys: TensorView(
-        allKeys.span.extracting(start..<end), heads: heads.count, tokens: range.count, dim: row, headStride: step * headStride, tokenStride: row),
+        allKeys.span.extracting(start..<end), heads: heads.count, tokens: range.count, dim: row,
+        headStride: step * headStride, tokenStride: row),
       values: TensorView(
-        allValues.span.extracting(start..<end), heads: heads.count, tokens: range.count, dim: row, headStride: step * headStride, tokenStride: row))
+        allValues.span.extracting(start..<end), heads: heads.count, tokens: range.count, dim: row,
+        headStride: step * headStride, tokenStride: row))
   }
 
   /// Fills a layer with `tokens` tokens as a prompt of one block and decoding of the rest, so that quantizing stores never

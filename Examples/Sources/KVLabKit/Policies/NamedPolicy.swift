@@ -43,7 +43,8 @@ package struct NamedPolicy: Sendable {
     var escaped = false
     for (index, byte) in bytes.enumerated() {
       if quoted {
-        if escaped { escaped = false } else if byte == UInt8(ascii: "\\") { escaped = true } else if byte == UInt8(ascii: "\"") { quoted = false }
+        if !escaped, byte == UInt8(ascii: "\"") { quoted = false }
+        escaped = !escaped && byte == UInt8(ascii: "\\")
         continue
       }
       switch byte {
