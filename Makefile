@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-library test-kernels test-examples kvlab demo bench docs lint format clean
+.PHONY: help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs lint format clean
 
 SWIFT ?= swift
 OUT ?= out
@@ -56,6 +56,13 @@ test-examples: setup
 	@$(SWIFT) build -c release --package-path Examples --build-tests --quiet
 	@$(SWIFT) test -c release --package-path Examples --skip-build 2>&1 | .ci/summary
 
+# Everything that runs on several threads, under the thread sanitizer.
+test-threads: setup
+	@echo "== threads (sanitizer)"
+	@$(SWIFT) build --build-tests --sanitize=thread --scratch-path .build-tsan --quiet
+	@KV_THREADS=4 $(SWIFT) test --skip-build --sanitize=thread --scratch-path .build-tsan \
+	  --filter 'threads|batch' 2>&1 | .ci/summary
+
 kvlab: setup
 	@echo "== kvlab (release)"
 	@$(SWIFT) build -c release --package-path Examples --product kvlab --quiet
@@ -82,4 +89,4 @@ format:
 	@$(SWIFT) format --in-place --parallel --recursive --configuration .swift-format $(SWIFT_SOURCES)
 
 clean:
-	@rm -rf .build Examples/.build $(OUT)
+	@rm -rf .build .build-tsan Examples/.build $(OUT)

@@ -95,6 +95,7 @@ CKV_INLINE void ckv_store_scalar(void *p, uint32_t type, size_t i, float x) {
 /* ---- layout -------------------------------------------------------------------------------------------------- */
 
 CKV_INLINE uint32_t ckv_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+CKV_INLINE uint32_t ckv_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 /* Words of one row of codes without a second plane. */
 CKV_INLINE uint32_t ckv_plane_words(uint32_t n, uint32_t bits) { return (uint32_t)(((uint64_t)n * bits + 31) / 32); }

@@ -201,6 +201,19 @@ CKV_INLINE void v_logits_tile(const float *tile, uint32_t dim, uint32_t count, c
   }
 }
 
+/* Asks for the bytes of some rows of a run before they are decoded: a tile is read in a burst, too short for the
+ * hardware to see where it goes, and computed on for long, while memory would idle. */
+CKV_INLINE void v_prefetch_rows(const ckv_run *run, uint32_t first, uint32_t count, uint32_t part, uint32_t parts) {
+  if (first >= run->rows) return;
+  count = ckv_min_u32(count, run->rows - first);
+  size_t row = run->kind == CKV_DENSE ? (size_t)run->row_stride * ckv_size_of(run->dtype)
+               : run->kind == CKV_AFFINE_ROW ? (size_t)ckv_row_words(run->dim, run->bits) * 4
+                                             : (size_t)run->dim * run->bits / 8;
+  const char *from = (const char *)run->data + first * row;
+  size_t bytes = count * row, low = bytes * part / parts, high = bytes * (part + 1) / parts;
+  for (size_t at = low; at < high; at += 64) __builtin_prefetch(from + at);
+}
+
 static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
                         size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
   uint32_t dim = run->dim, padded = (dim + VN - 1) / VN * VN;
@@ -212,8 +225,12 @@ static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, cons
     for (uint32_t r = 0; r < V_TILE_LANES; r += VN)
       for (uint32_t c = 0; c < padded; c += VN)
         vf_transpose(rows + (size_t)r * padded + c, padded, tile + (size_t)c * V_TILE_LANES + r, V_TILE_LANES);
-    for (; j + V_TILE_QUERIES <= m; j += V_TILE_QUERIES)
+    uint32_t parts = ckv_max_u32(m / V_TILE_QUERIES, 1);
+    if (m < V_TILE_QUERIES) v_prefetch_rows(run, first + i + V_TILE_LANES, V_TILE_LANES, 0, 1);
+    for (; j + V_TILE_QUERIES <= m; j += V_TILE_QUERIES) {
+      v_prefetch_rows(run, first + i + V_TILE_LANES, V_TILE_LANES, j / V_TILE_QUERIES, parts);
       v_logits_tile(tile, dim, n, q + j * q_stride, V_TILE_QUERIES, q_stride, scale, out + j * ld + i, ld);
+    }
     for (; j + 4 <= m; j += 4)
       v_logits_tile(tile, dim, n, q + j * q_stride, 4, q_stride, scale, out + j * ld + i, ld);
     for (; j < m; j++) v_logits_tile(tile, dim, n, q + j * q_stride, 1, q_stride, scale, out + j * ld + i, ld);
@@ -266,6 +283,7 @@ static void accumulate(const ckv_run *run, uint32_t first, uint32_t count, const
   for (uint32_t i = 0; i < count; i += CKV_TILE_ROWS) {
     uint32_t n = ckv_min_u32(CKV_TILE_ROWS, count - i);
     decode(run, first + i, n, scratch, dim);
+    v_prefetch_rows(run, first + i + n, CKV_TILE_ROWS, 0, 1);
     accumulate_f32(scratch, dim, dim, n, p + i, m, ld, acc, acc_stride);
   }
 }

@@ -112,8 +112,13 @@ CKV_INLINE vi vi_left(vi a, uint32_t n) { return _mm256_sll_epi32(a, _mm_cvtsi32
 CKV_INLINE vf vf_from_vi(vi a) { return _mm256_cvtepi32_ps(a); }
 CKV_INLINE vi vi_round(vf a) { return _mm256_cvtps_epi32(a); }
 /* 2^n for whole n in -126 ... 127 */
-CKV_INLINE vf vf_power(vf n) {
+CKV_INLINE vf v_power(vf n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+/* x * 2^n for whole n in -252 ... 254 */
+CKV_INLINE vf vf_times_power(vf x, vf n) {
+  vf half = vf_round(n * vf_set1(0.5f));
+  return x * v_power(half) * v_power(n - half);
 }
 /* One byte a lane. */
 CKV_INLINE void vi_store_bytes(uint8_t *p, vi x) {

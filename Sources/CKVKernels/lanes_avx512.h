@@ -79,10 +79,8 @@ CKV_INLINE vi vi_right(vi a, uint32_t n) { return _mm512_srl_epi32(a, _mm_cvtsi3
 CKV_INLINE vi vi_left(vi a, uint32_t n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
 CKV_INLINE vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
 CKV_INLINE vi vi_round(vf a) { return _mm512_cvtps_epi32(a); }
-/* 2^n for whole n in -126 ... 127 */
-CKV_INLINE vf vf_power(vf n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+/* x * 2^n for whole n */
+CKV_INLINE vf vf_times_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 /* One byte a lane. */
 CKV_INLINE void vi_store_bytes(uint8_t *p, vi x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
 /* The lanes' codes, from 16*bits bits (bits = 1, 2, 4). */

@@ -106,8 +106,13 @@ CKV_INLINE vi vi_left(vi a, uint32_t n) { return vshlq_u32(a, vdupq_n_s32((int)n
 CKV_INLINE vf vf_from_vi(vi a) { return vcvtq_f32_u32(a); }
 CKV_INLINE vi vi_round(vf a) { return vcvtnq_u32_f32(a); }
 /* 2^n for whole n in -126 ... 127 */
-CKV_INLINE vf vf_power(vf n) {
+CKV_INLINE vf v_power(vf n) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+/* x * 2^n for whole n in -252 ... 254 */
+CKV_INLINE vf vf_times_power(vf x, vf n) {
+  vf half = vf_round(n * vf_set1(0.5f));
+  return x * v_power(half) * v_power(n - half);
 }
 /* One byte a lane. */
 CKV_INLINE void vi_store_bytes(uint8_t *p, vi x) {

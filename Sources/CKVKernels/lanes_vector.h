@@ -1,7 +1,7 @@
 /* Softmax, exponentials and plain vector operations, written once for every vector level. */
 
-/* exp(x): x = n ln 2 + r, a polynomial in r of degree 6 (error below 2e-7 for |r| <= ln 2 / 2), and 2^n in two
- * factors so that results may overflow to infinity or vanish. Minus infinity gives exactly 0. */
+/* exp(x): x = n ln 2 + r, a polynomial in r of degree 6 (error below 2e-7 for |r| <= ln 2 / 2), times 2^n, which may
+ * overflow to infinity or vanish. Minus infinity gives exactly 0. */
 CKV_INLINE vf v_exp(vf x) {
   x = vf_min(vf_max(x, vf_set1(-150)), vf_set1(100));
   vf n = vf_round(x * vf_set1(1.44269504088896341f));
@@ -14,8 +14,7 @@ CKV_INLINE vf v_exp(vf x) {
   y = vf_fma(y, r, vf_set1(1.6666665459e-1f));
   y = vf_fma(y, r, vf_set1(5.0000001201e-1f));
   y = vf_fma(y, r * r, r) + vf_set1(1);
-  vf half = vf_round(n * vf_set1(0.5f));
-  return y * vf_power(half) * vf_power(n - half);
+  return vf_times_power(y, n);
 }
 
 /* tanh: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) would cancel. */

@@ -3,7 +3,7 @@
 # installed. `./run.sh bench` builds and runs the benchmark instead.
 set -e
 cd "$(dirname "$0")"
-CC=${CC:-$(command -v clang || echo /opt/swift/usr/bin/clang)}
+CC=${CC:-clang}
 OUT=${OUT:-$(mktemp -d)}
 SOURCES="$(ls ./*.c ../../Sources/CKVKernels/*.c)"
 FLAGS="-std=gnu17 -Wall -Wextra -Werror -I../../Sources/CKVKernels/include"

@@ -192,13 +192,13 @@ import Testing
     #expect(refusal(twoTiers, shape)?.code == .invalidOption)
     #expect(throws: KVError.self) { try KVCache.load(saved: bytes, backend: .cpu(), inputs: []) }
 
-    // Nothing is written that could not be read: layers without a cache may claim any shape.
+    // Nothing is written that could not be read: such a cache is not even made.
     var absurd = shape
     absurd.layers[2].kvHeads = -1
     let error = #expect(throws: KVError.self) {
       try KVCache(shape: absurd, policy: policy, backend: .cpu()).saved()
     }
-    #expect(error?.code == .unsupported)
+    #expect(error?.code == .invalidOption)
     #expect(error?.layer == 2)
   }
 }
