@@ -81,7 +81,7 @@ extension Extent {
     guard rows % unit == 0 else {
       throw reader.corrupt("expected whole groups of \(unit) rows; found \(rows) rows")
     }
-    let roomiest = max(rows, format.growth, RowStore.extentRows + unit)
+    let roomiest = max(rows, format.growth, RowStore.extentRows(encoding, dim: dim) + unit)
     let capacity = try reader.count("room for rows", in: max(rows, 1)...roomiest)
     guard capacity % unit == 0 else {
       throw reader.corrupt("expected room for whole groups of \(unit) rows; found \(capacity)")

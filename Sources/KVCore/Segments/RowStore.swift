@@ -29,9 +29,14 @@ package struct Extent {
 /// ┌ body: extents in any encoding, written once, never re-encoded ┬ tail: dense extents, newest rows ┐
 /// 0                                                        bodyRows                               rows
 /// ```
-/// An extent holds at most ``extentRows`` rows, so that memory can be given back piece by piece.
+/// An extent holds about half a megabyte (see `extentRows`): long enough that reading it runs at the speed of memory,
+/// short enough that memory can be given back piece by piece.
 package struct RowStore {
-  package static let extentRows = 1024
+  /// Rows of one extent at most: half a megabyte of codes or elements, a multiple of 1024 rows, at least that many. Narrow
+  /// codes of 1024 rows alone are so short that every extent would begin with a wait for memory.
+  package static func extentRows(_ encoding: RowEncoding, dim: Int) -> Int {
+    max(1, (1 << 19) / max(encoding.payloadBytes(rows: 1024, dim: dim), 1)) * 1024
+  }
 
   package let dim: Int
   package let format: SideFormat
@@ -66,7 +71,7 @@ package struct RowStore {
       left -= taken
     }
     while left > 0 {
-      let taken = min(left, RowStore.extentRows)
+      let taken = min(left, RowStore.extentRows(.dense(format.window), dim: dim))
       let extent = try Extent(
         encoding: .dense(format.window), capacity: max(taken, format.growth), dim: dim, backend: backend)
       targets.append(RunSlice(run: extent.run(dim: dim), first: 0, count: taken))
@@ -166,7 +171,7 @@ package struct RowStore {
     var left = count - appended
     let unit = encoding.rowsPerUnit
     while left > 0 {
-      let taken = min(left, max(RowStore.extentRows / unit, 1) * unit)
+      let taken = min(left, max(RowStore.extentRows(encoding, dim: dim) / unit, 1) * unit)
       // Rows that arrive one by one get room for the next ones; units arrive whole.
       let capacity = unit == 1 ? max(taken, format.growth) : taken
       fresh.append(try Extent(encoding: encoding, capacity: capacity, dim: dim, backend: backend))
@@ -355,15 +360,16 @@ private struct PieceList {
   }
 
   private mutating func add(_ run: RowRun, _ first: Int, _ count: Int, _ encoding: RowEncoding) {
+    let most = RowStore.extentRows(encoding, dim: run.dim)
     var first = first
     var left = count
     while left > 0 {
-      if list.last.map({ $0.encoding != encoding || $0.rows >= RowStore.extentRows }) ?? true {
+      if list.last.map({ $0.encoding != encoding || $0.rows >= most }) ?? true {
         list.append(Piece(encoding: encoding, rows: 0, sources: []))
       }
       let last = list.count - 1
       let unit = encoding.rowsPerUnit
-      let room = max((RowStore.extentRows - list[last].rows) / unit * unit, unit)
+      let room = max((most - list[last].rows) / unit * unit, unit)
       let taken = min(left, room)
       list[last].sources.append(RunSlice(run: run, first: first, count: taken))
       list[last].rows += taken
