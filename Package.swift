@@ -58,7 +58,8 @@ let package = Package(
       name: "KVExperimentsTests", dependencies: ["KVExperiments", "KVCore"], swiftSettings: testSettings),
     .target(name: "CAllocationCounter", path: "Tests/CAllocationCounter"),
     .testTarget(
-      name: "KVCompressionTests", dependencies: [
+      name: "KVCompressionTests",
+      dependencies: [
         "CAllocationCounter",
         "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVExperiments", "CKVKernels",
       ],

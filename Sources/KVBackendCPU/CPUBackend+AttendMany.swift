@@ -15,9 +15,10 @@ extension CPUBackend {
     let m = tokens * sequence.group
     let heads = headWork(plan, sequence)
     let scored = sequence.work.contains { plan.rows[$0].score != nil }
-    let longest = heads.map { range in
-      range.reduce(0) { $0 + CPUBackend.padded(plan.rows[$1].count) }
-    }.max() ?? 0
+    let longest =
+      heads.map { range in
+        range.reduce(0) { $0 + CPUBackend.padded(plan.rows[$1].count) }
+      }.max() ?? 0
 
     var layout = Layout()
     let perWorker =

@@ -176,7 +176,8 @@ extension CPUBackend {
   private func saturateHalf(_ elements: UnsafeMutableRawPointer, _ count: Int) {
     var start = 0
     while start < count {
-      let index = kernels.pointee.first_nonfinite!(elements + start * 2, UInt32(ElementType.f16.rawValue), count - start)
+      let index = kernels.pointee.first_nonfinite!(
+        elements + start * 2, UInt32(ElementType.f16.rawValue), count - start)
       if index < 0 { return }
       start += Int(index)
       let bits = (elements + start * 2).assumingMemoryBound(to: UInt16.self)

@@ -20,7 +20,8 @@ extension Selection {
       throw KVError(
         .invalidOption, "streaming needs 0 or more sinks and at least 1 recent token; got \(sinks) and \(recent)")
     }
-    let size: [SpecOption] = budget.map { [SpecOption("budget", $0.specValue)] }
+    let size: [SpecOption] =
+      budget.map { [SpecOption("budget", $0.specValue)] }
       ?? [SpecOption("recent", .integer(recent))]
     return Selection(
       spec: StageSpec(

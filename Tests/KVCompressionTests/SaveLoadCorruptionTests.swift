@@ -53,15 +53,17 @@ import Testing
     }
   }
 
-  @Test(arguments: [
-    (0, [2], "all 1 KV heads"), (8, [4], "slots"), (16, [1], "dead slots"), (24, [1], "room for"), (24, [2], "0 or 1"),
-    (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "room for attention sums"),
-    (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
-    (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),
-    (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
-    (59, [0], "expected 3 rows"), (67, [2], "room for rows"), (67, [0, 5], "room for rows"), (75, [62], "first row"),
-    (83, [0, 0, 0xC0, 0x7F], "finite elements"), (83, [0, 0, 0x80, 0xFF], "finite elements"),
-  ] as [(Int, [UInt8], String)])
+  @Test(
+    arguments: [
+      (0, [2], "all 1 KV heads"), (8, [4], "slots"), (16, [1], "dead slots"), (24, [1], "room for"),
+      (24, [2], "0 or 1"),
+      (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "room for attention sums"),
+      (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
+      (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),
+      (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
+      (59, [0], "expected 3 rows"), (67, [2], "room for rows"), (67, [0, 5], "room for rows"), (75, [62], "first row"),
+      (83, [0, 0, 0xC0, 0x7F], "finite elements"), (83, [0, 0, 0x80, 0xFF], "finite elements"),
+    ] as [(Int, [UInt8], String)])
   func everyFieldOfASegmentIsChecked(offset: Int, bytes: [UInt8], message: String) throws {
     let (cache, saved) = try tiny()
     let damaged = try edited(saved, "SEGM") { $0.replaceSubrange(offset..<offset + bytes.count, with: bytes) }
@@ -71,12 +73,13 @@ import Testing
     #expect(error.layer == 0)
   }
 
-  @Test(arguments: [
-    ("CACH", 0, [2], "format"), ("LAYR", 0, [2], "settled tokens"), ("LAYR", 0, [4], "tokens seen"),
-    ("LAYR", 16, [4], "observed queries"), ("LAYR", 24, [4], "settled"), ("LAYR", 38, [2], "since a compression"),
-    ("LAYR", 40, [4], "cut off"), ("LAYR", 48, [4], "before the prompt"), ("LAYR", 56, [2], "phase"),
-    ("LAYR", 57, [6], "outcome"), ("LAYR", 58, [1], "query window"), ("SHAP", 9, [2], "cached"),
-  ] as [(String, Int, [UInt8], String)])
+  @Test(
+    arguments: [
+      ("CACH", 0, [2], "format"), ("LAYR", 0, [2], "settled tokens"), ("LAYR", 0, [4], "tokens seen"),
+      ("LAYR", 16, [4], "observed queries"), ("LAYR", 24, [4], "settled"), ("LAYR", 38, [2], "since a compression"),
+      ("LAYR", 40, [4], "cut off"), ("LAYR", 48, [4], "before the prompt"), ("LAYR", 56, [2], "phase"),
+      ("LAYR", 57, [6], "outcome"), ("LAYR", 58, [1], "query window"), ("SHAP", 9, [2], "cached"),
+    ] as [(String, Int, [UInt8], String)])
   func everyFieldOfALayerIsChecked(tag: String, offset: Int, bytes: [UInt8], message: String) throws {
     let (cache, saved) = try tiny()
     let damaged = try edited(saved, tag) { $0.replaceSubrange(offset..<offset + bytes.count, with: bytes) }

@@ -2,8 +2,11 @@ import KVCompression
 import Testing
 
 @Suite struct SmokeTests {
-  @Test(arguments: ["f32", "f16", "kivi(bits=4)", "snapkv(budget=64,window=8)", "h2o(heavy=24,recent=24)",
-    "h2o(heavy=100,recent=100)+kivi(bits=2,residual=32)", "streaming(sinks=4,recent=60,positions=keep)", "snapkv(budget=0.25,window=8)+kivi"])
+  @Test(arguments: [
+    "f32", "f16", "kivi(bits=4)", "snapkv(budget=64,window=8)", "h2o(heavy=24,recent=24)",
+    "h2o(heavy=100,recent=100)+kivi(bits=2,residual=32)", "streaming(sinks=4,recent=60,positions=keep)",
+    "snapkv(budget=0.25,window=8)+kivi",
+  ])
   func lives(text: String) throws {
     let policy = try PolicyRegistry.standard.policy(text)
     let shape = ModelShape(layerCount: 2, queryHeads: 8, kvHeads: 2, headDim: 64)
@@ -15,7 +18,9 @@ import Testing
       for layer in 0..<2 {
         let k = random(2 * n * 64), v = random(2 * n * 64), q = random(8 * n * 64)
         var o = [Float](repeating: .nan, count: 8 * n * 64)
-        try cache.append(layer: layer, keys: TensorView(k.span, heads: 2, tokens: n, dim: 64), values: TensorView(v.span, heads: 2, tokens: n, dim: 64))
+        try cache.append(
+          layer: layer, keys: TensorView(k.span, heads: 2, tokens: n, dim: 64),
+          values: TensorView(v.span, heads: 2, tokens: n, dim: 64))
         var span = o.mutableSpan
         var out = try MutableTensorView(&span, heads: 8, tokens: n, dim: 64)
         try cache.attend(layer: layer, queries: TensorView(q.span, heads: 8, tokens: n, dim: 64), into: &out)

@@ -35,7 +35,8 @@ struct BenchCommand: ParsableCommand {
   func validate() throws {
     if let threads { _ = try threadList(threads) }
     guard contextList != nil else {
-      throw ValidationError("--contexts: expected numbers of tokens of 1 to 1048576 such as 4096,32768; got '\(contexts)'")
+      throw ValidationError(
+        "--contexts: expected numbers of tokens of 1 to 1048576 such as 4096,32768; got '\(contexts)'")
     }
     guard seconds > 0, seconds <= 3600 else { throw ValidationError("--seconds must lie in 0...3600; got \(seconds)") }
   }

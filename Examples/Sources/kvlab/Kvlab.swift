@@ -12,5 +12,7 @@ struct Kvlab: ParsableCommand {
       A policy is a text: what chooses tokens, a plus, what stores them, such as
       "snapkv(budget=0.25,window=32)+kivi(bits=2)". 'kvlab policies' lists all names and options.
       """,
-    subcommands: [CompareCommand.self, GenerateCommand.self, ApplyCommand.self, PoliciesCommand.self, BenchCommand.self])
+    subcommands: [
+      CompareCommand.self, GenerateCommand.self, ApplyCommand.self, PoliciesCommand.self, BenchCommand.self,
+    ])
 }

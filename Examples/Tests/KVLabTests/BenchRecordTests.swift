@@ -1,5 +1,6 @@
-@testable import KVLabKit
 import Testing
+
+@testable import KVLabKit
 
 @Suite struct BenchRecordTests {
   @Test func printsTheDocumentedKeys() {

@@ -49,9 +49,15 @@ import Testing
 
   @Test func refusesWhatDoesNotFit() throws {
     var (builder, _) = try builder(haystack: 200)
-    #expect { try builder.next(tokens: 60, notes: 4, questions: 1) } throws: { ($0 as? KVError)?.code == .invalidOption }
-    #expect { try builder.next(tokens: 100, notes: 1, questions: 2) } throws: { ($0 as? KVError)?.code == .invalidOption }
-    #expect { try builder.next(tokens: 900, notes: 1, questions: 1) } throws: { ($0 as? KVError)?.code == .missingInput }
+    #expect { try builder.next(tokens: 60, notes: 4, questions: 1) } throws: {
+      ($0 as? KVError)?.code == .invalidOption
+    }
+    #expect { try builder.next(tokens: 100, notes: 1, questions: 2) } throws: {
+      ($0 as? KVError)?.code == .invalidOption
+    }
+    #expect { try builder.next(tokens: 900, notes: 1, questions: 1) } throws: {
+      ($0 as? KVError)?.code == .missingInput
+    }
     #expect { try NeedleNames("one line", file: "names.txt") } throws: { ($0 as? KVError)?.code == .corruptFile }
   }
 
@@ -67,5 +73,7 @@ import Testing
 
 extension String {
   /// Pieces that a separator cuts a text into.
-  fileprivate func components(of separator: String) -> Int { split(separator: separator, omittingEmptySubsequences: false).count }
+  fileprivate func components(of separator: String) -> Int {
+    split(separator: separator, omittingEmptySubsequences: false).count
+  }
 }

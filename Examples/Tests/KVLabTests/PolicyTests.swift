@@ -5,7 +5,8 @@ import Testing
 @Suite struct PolicyTests {
   @Test func listsAreCutAtOuterCommas() throws {
     let list = try NamedPolicy.list(
-      #"f16, kivi(bits=2,group=64,residual=64),snapkv(budget=[64,128])+kivi,[{"name":"h2o","options":{"budget":0.5,"every":2}}]"#)
+      #"f16, kivi(bits=2,group=64,residual=64),snapkv(budget=[64,128])+kivi,[{"name":"h2o","options":{"budget":0.5,"every":2}}]"#
+    )
     #expect(list.map(\.name).prefix(3) == ["f16", "kivi(bits=2,group=64,residual=64)", "snapkv(budget=[64,128])+kivi"])
     #expect(list[3].spec.hasPrefix("h2o(budget=0.5"))
     #expect(list[1].spec.contains("group=64"))

@@ -60,9 +60,10 @@ import Testing
 
   @Test func absentOptionalsHaveDefaults() throws {
     var config = TinyModel("llama").config
-    for key in ["num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-      "rope_theta", "tie_word_embeddings", "eos_token_id", "bos_token_id"]
-    { config[key] = nil }
+    for key in [
+      "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+      "rope_theta", "tie_word_embeddings", "eos_token_id", "bos_token_id",
+    ] { config[key] = nil }
     config["model_type"] = nil
     config["architectures"] = ["Qwen3ForCausalLM"]
     let read = try ModelConfig(json: Array(JSONSerialization.data(withJSONObject: config)), file: "c")

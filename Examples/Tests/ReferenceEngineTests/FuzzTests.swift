@@ -5,9 +5,10 @@ import Testing
 
 /// Seeded random damage: whatever the bytes, loading either works or throws, and what loaded can be used.
 @Suite struct FuzzTests {
-  private static let inserted: [[UInt8]] = [
-    "0", "-1", "999999999999", "1e999", "null", "\"\"", "[]", "{}", "true", ",", "}", "]", "\\u0000", "\u{120}",
-  ].map { Array($0.utf8) } + [[0xFF], [0]]
+  private static let inserted: [[UInt8]] =
+    [
+      "0", "-1", "999999999999", "1e999", "null", "\"\"", "[]", "{}", "true", ",", "}", "]", "\\u0000", "\u{120}",
+    ].map { Array($0.utf8) } + [[0xFF], [0]]
 
   private static func damaged(_ bytes: [UInt8], _ random: inout SplitMix64) -> [UInt8] {
     var result = bytes

@@ -137,7 +137,8 @@ import Testing
 
   /// What the README of the model promises it has learnt: the code after "is" (full cache, generated greedily).
   @Test func recallsANote() throws {
-    let text = "Some words.\nNote: The secret code of amber falcon is 52071.\nMore words about other things.\n"
+    let text =
+      "Some words.\nNote: The secret code of amber falcon is 52071.\nMore words about other things.\n"
       + "Question: What is the secret code of amber falcon?\nAnswer: The secret code of amber falcon is"
     let session = try session()
     let logits = try session.prefill(engine.encodePrompt(text))

@@ -50,7 +50,8 @@ extension KVCache {
     var token = 0
     for (cache, count) in zip(caches, tokens) {
       try cache.check(output, queries: queries.tokens, layer: layer, options ?? cache.attention)
-      try cache.checkQueries(queries.slice(tokens: token..<token + count), cache.state(layer), causal: (options ?? cache.attention).causal)
+      try cache.checkQueries(
+        queries.slice(tokens: token..<token + count), cache.state(layer), causal: (options ?? cache.attention).causal)
       token += count
     }
     for cache in caches { try cache.prepare(layer: layer, options: options ?? cache.attention) }

@@ -178,7 +178,9 @@ extension KVCache {
         routing = outcomes
       }
       plans.append(
-        LayerPlan(state: state, rows: rows, routing: routing, view: layers.count == 1 || states.count == 1 ? views[index] : nil))
+        LayerPlan(
+          state: state, rows: rows, routing: routing, view: layers.count == 1 || states.count == 1 ? views[index] : nil)
+      )
     }
     return plans
   }

@@ -54,7 +54,8 @@ extension KVCache {
     }
     guard header.tiers == policy.tiers.count else {
       throw KVError(
-        .invalidOption, "the file holds \(header.tiers) tiers of \(header.policy); a policy of \(policy.tiers.count) "
+        .invalidOption,
+        "the file holds \(header.tiers) tiers of \(header.policy); a policy of \(policy.tiers.count) "
           + "was given")
     }
     let description = try SavedCacheDescription(container)
@@ -71,7 +72,8 @@ extension KVCache {
     let cached = shape.layers.filter(\.cached).count
     guard container.entries.count == 2 + cached * (1 + policy.tiers.count) else {
       throw KVError(
-        .corruptFile, "expected \(2 + cached * (1 + policy.tiers.count)) sections for \(cached) cached layers of "
+        .corruptFile,
+        "expected \(2 + cached * (1 + policy.tiers.count)) sections for \(cached) cached layers of "
           + "\(policy.tiers.count) tiers; found \(container.entries.count)", offset: 24)
     }
     var layers: [LayerState] = []

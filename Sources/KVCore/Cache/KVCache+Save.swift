@@ -45,7 +45,8 @@ extension KVCache {
       2 + cached * (1 + policy.tiers.count) <= Container.maximumSections
     else {
       throw KVError(
-        .unsupported, "a file holds up to \(SavedCache.maximumLayers) layers of few tiers; this cache has "
+        .unsupported,
+        "a file holds up to \(SavedCache.maximumLayers) layers of few tiers; this cache has "
           + "\(layers.count) layers of \(policy.tiers.count)")
     }
     for state in layers {

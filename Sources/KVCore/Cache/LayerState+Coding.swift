@@ -1,7 +1,9 @@
 /// The section LAYR of a saved cache, drawn in ``SavedCache``.
 extension LayerState {
   func encode(to writer: inout ByteWriter) {
-    for counter in [seen, observedTokens, observedQueries, settledTokens, decodedSinceCompression, frozenBelow, promptStart] {
+    for counter in [
+      seen, observedTokens, observedQueries, settledTokens, decodedSinceCompression, frozenBelow, promptStart,
+    ] {
       writer.count(counter)
     }
     writer.u8(phase.rawValue)

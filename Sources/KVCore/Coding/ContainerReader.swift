@@ -29,7 +29,8 @@ package struct ContainerReader: Sendable {
     let version = try header.u32("the version")
     guard version == Container.version else {
       throw KVError(
-        .corruptFile, "header: expected format version \(Container.version); found \(version), written by another "
+        .corruptFile,
+        "header: expected format version \(Container.version); found \(version), written by another "
           + "version of this library or altered", offset: 8)
     }
     flags = try header.u32("the flags")

@@ -4,7 +4,9 @@ import Testing
 
 /// Decoding in steady state does not touch the heap: not for rows (they have room), not for arrays, closures or boxes.
 @Suite struct AllocationTests {
-  @Test(arguments: ["f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)", "snapkv(budget=128,window=16)"])
+  @Test(arguments: [
+    "f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)", "snapkv(budget=128,window=16)",
+  ])
   func decodingAllocatesNothing(text: String) throws {
     let (queryHeads, kvHeads, dim) = (4, 2, 64)
     let cache = try KVCache(

@@ -76,7 +76,9 @@ import Testing
         check(error.code == code, "\(error)")
         for word in words { check(error.message.contains(word), "\"\(word)\" is missing in: \(error)") }
         check(error.message.count >= 10 && !error.message.hasSuffix(" "), "\(error)")
-        if code == .syntax || code == .unknownName { check(error.offset != nil || text.hasPrefix("["), "no offset: \(error)") }
+        if code == .syntax || code == .unknownName {
+          check(error.offset != nil || text.hasPrefix("["), "no offset: \(error)")
+        }
       }
     }
   }
@@ -85,17 +87,20 @@ import Testing
   @Test func everyOptionRefusesNonsense() {
     for method in PolicyRegistry.standard.methods {
       for option in method.options {
-        withEvery("value", in: ["-1", "1e300", "nan_", "[[1],[2]]", "99999999999999999999", "\"\"", "true", "3GiB"]) { value in
+        withEvery("value", in: ["-1", "1e300", "nan_", "[[1],[2]]", "99999999999999999999", "\"\"", "true", "3GiB"]) {
+          value in
           let text = "\(method.name)(\(option.name)=\(value))"
           do {
             let policy = try PolicyRegistry.standard.policy(text)
             // Some are meant: they must then make a cache or say why not.
-            do { _ = try KVCache(shape: Self.shape, policy: policy, backend: .cpu(threads: 1)) } catch let e as KVError {
+            do { _ = try KVCache(shape: Self.shape, policy: policy, backend: .cpu(threads: 1)) } catch let e as KVError
+            {
               check(!e.message.isEmpty, text)
             }
           } catch let error as KVError {
             check(
-              [.invalidOption, .syntax, .unknownName].contains(error.code) && !error.message.isEmpty, "\(text): \(error)")
+              [.invalidOption, .syntax, .unknownName].contains(error.code) && !error.message.isEmpty,
+              "\(text): \(error)")
           }
         }
       }
@@ -111,7 +116,9 @@ import Testing
     }
     expectError(.missingInput, "queries", "32", "observe(layer:queries:)") { try make("snapkv", Self.shape, []) }
     expectError(.missingInput, "queries") { try make("snapkv", Self.shape, .attentionWeights) }
-    expectError(.missingInput, "attention weights", "observe(layer:attention:)") { try make("h2o", Self.shape, .queries) }
+    expectError(.missingInput, "attention weights", "observe(layer:attention:)") {
+      try make("h2o", Self.shape, .queries)
+    }
     expectError(.missingInput, "rotary") { try make("streaming") }
     expectError(.invalidOption, "10 tokens", "12 sinks") { try make("streaming(sinks=12,budget=10,positions=keep)") }
     expectError(.shapeMismatch, "2 layers", "got 3") { try make("h2o(budget=[10,20,30])") }
@@ -125,7 +132,9 @@ import Testing
     for (q, kv) in [(3, 2), (0, 0), (1, 2), (-2, -1), (2, 0)] {
       expectError(.invalidOption, "\(q)", "\(kv)", layer: 0) { try make("f16", Geometry(q, kv, 8).shape()) }
     }
-    for dim in [0, -1, 4097] { expectError(.invalidOption, "\(dim)", layer: 0) { try make("f16", Geometry(1, 1, dim).shape()) } }
+    for dim in [0, -1, 4097] {
+      expectError(.invalidOption, "\(dim)", layer: 0) { try make("f16", Geometry(1, 1, dim).shape()) }
+    }
     expectError(.invalidOption, "4097", layer: 0) { try make("f16", Geometry(1, 1, 8, 4097).shape()) }
     expectError(.invalidOption, "0", layer: 1) {
       try make("f16", ModelShape(layers: [Geometry(1, 1, 8).layer(), Geometry(1, 1, 8).layer(slidingWindow: 0)]))
@@ -166,7 +175,10 @@ import Testing
     expectError(.unsupported, "mine", layer: 1) { try throwing.finishPrefill() }
     #expect(try Snapshot(throwing) == was)
     let flat = Score { _, _ throws(KVError) in 0 }
-    withEvery("counts", in: [[[Int]]](arrayLiteral: [[10]], [[10, 10, 10]], [[10, -1]], [[10, 41]], [], [[10, 10], [10, 10]])) { counts in
+    withEvery(
+      "counts",
+      in: [[[Int]]](arrayLiteral: [[10]], [[10, 10, 10]], [[10, -1]], [[10, 41]], [], [[10, 10], [10, 10]])
+    ) { counts in
       let (cache, before) = try run(policy(flat, Wrong(counts: counts)))
       do {
         try cache.finishPrefill()
@@ -182,7 +194,8 @@ import Testing
       }
     }
     // Infinite scores are an order like any other.
-    let (infinite, _) = try run(policy(Score { _, row throws(KVError) in row == 20 ? .infinity : (row == 0 ? -.infinity : 0) }))
+    let (infinite, _) = try run(
+      policy(Score { _, row throws(KVError) in row == 20 ? .infinity : (row == 0 ? -.infinity : 0) }))
     try infinite.finishPrefill()
     #expect(try infinite.rows(layer: 0, head: 0) == Array(1...9) + [20])
   }
@@ -232,7 +245,9 @@ import Testing
     expectError(.wrongPhase, layer: 1) { try cache.finishPrefill(layer: 1) }
     expectError(.shapeMismatch, layer: 9) { try cache.commit(layer: 9) }
     let before = try Snapshot(cache)
-    expectError(.unsupported, "commits: false", layer: 0) { try traffic.attend(cache, 0, 39..<40, AttentionOptions(causal: false)) }
+    expectError(.unsupported, "commits: false", layer: 0) {
+      try traffic.attend(cache, 0, 39..<40, AttentionOptions(causal: false))
+    }
     #expect(try Snapshot(cache) == before)
     expectError(.invalidOption, "-1") { _ = try cache.policy.estimate(shape: Self.shape, prompt: -1) }
     expectError(.invalidOption, "-5") { _ = try cache.policy.estimate(shape: Self.shape, prompt: 3, decoded: -5) }
@@ -260,7 +275,8 @@ import Testing
       }
       for nonsense in ["x", "1.5", "0", "-2", "99999999999999999999", " 2", "2000"] {
         setenv("KV_THREADS", nonsense, 1)
-        guard fails(.invalidOption, nonsense == "0" || nonsense == "-2" || nonsense == "2000" ? nonsense : "KV_THREADS") else { exit(1) }
+        guard fails(.invalidOption, nonsense == "0" || nonsense == "-2" || nonsense == "2000" ? nonsense : "KV_THREADS")
+        else { exit(1) }
         guard (try? Backend.cpu(threads: 2)) != nil else { exit(2) }
       }
       setenv("KV_THREADS", "3", 1)

@@ -217,9 +217,12 @@ import Testing
       }
     }
     let cases: [(Int, Int, Int, Int?, Int?, [Float])] = [
-      (2, 5, 10, nil, nil, few), (2, 5, 0, nil, nil, memory), (-2, 5, -10, nil, nil, memory), (2, -5, -10, nil, nil, memory),
-      (Int.max, 2, 2, nil, nil, memory), (Int.max / 2, 1, 4, nil, nil, memory), (2, 5, 10, 51, 10, memory), (2, 5, 10, -50, 10, memory),
-      (2, 5, 10, 50, 11, memory), (2, 5, 10, Int.max, 1, memory), (3, 2, 1, Int.max / 2, Int.max, memory), (2, 5, 10, 50, -1, memory),
+      (2, 5, 10, nil, nil, few), (2, 5, 0, nil, nil, memory), (-2, 5, -10, nil, nil, memory),
+      (2, -5, -10, nil, nil, memory),
+      (Int.max, 2, 2, nil, nil, memory), (Int.max / 2, 1, 4, nil, nil, memory), (2, 5, 10, 51, 10, memory),
+      (2, 5, 10, -50, 10, memory),
+      (2, 5, 10, 50, 11, memory), (2, 5, 10, Int.max, 1, memory), (3, 2, 1, Int.max / 2, Int.max, memory),
+      (2, 5, 10, 50, -1, memory),
     ]
     withEvery("case", in: cases) { c in
       expectError(.shapeMismatch) { try view(c.0, c.1, c.2, c.3, c.4, c.5) }
@@ -241,7 +244,8 @@ import Testing
     let cases: [(String, Float)] = [
       ("f16", 65520), ("f16", -1e6), ("bf16", .greatestFiniteMagnitude), ("kivi(residual=32)", 65520),
       ("kivi(residual=32,window=bf16)", 1e5), ("kivi(residual=32,window=f32)", -1e5),
-      ("kivi(residual=32,window=f16,metadata=f32)", 65520), ("kivi(residual=32,window=bf16,metadata=bf16)", .greatestFiniteMagnitude),
+      ("kivi(residual=32,window=f16,metadata=f32)", 65520),
+      ("kivi(residual=32,window=bf16,metadata=bf16)", .greatestFiniteMagnitude),
       ("h2o(budget=20)+f16", 7e4), ("snapkv(budget=20,window=4,every=2)+f16", 7e4),
       ("streaming(sinks=2,recent=20,positions=keep)+f16", 7e4),
     ]
@@ -262,12 +266,20 @@ import Testing
       }
     }
     // The largest numbers that fit do.
-    withEvery("fits", in: [("f16", Float(65504)), ("f16", 65519), ("bf16", 3.3e38), ("f32", .greatestFiniteMagnitude), ("kivi(residual=32,window=f32)", 65519)]) {
+    withEvery(
+      "fits",
+      in: [
+        ("f16", Float(65504)), ("f16", 65519), ("bf16", 3.3e38), ("f32", .greatestFiniteMagnitude),
+        ("kivi(residual=32,window=f32)", 65519),
+      ]
+    ) {
       text, value in
       let cache = try makeCache(text, Geometry(1, 1, 8).shape())
       var keys = [Float](repeating: 0, count: 8)
       keys[3] = value
-      try append(cache, 0, keys: keys, values: keys, keyHeads: 1, valueHeads: 1, keyTokens: 1, valueTokens: 1, keyDim: 8, valueDim: 8)
+      try append(
+        cache, 0, keys: keys, values: keys, keyHeads: 1, valueHeads: 1, keyTokens: 1, valueTokens: 1, keyDim: 8,
+        valueDim: 8)
       let held = try cache.read(layer: 0, head: 0).keys[3]
       check(held.isFinite && abs(held - value) <= abs(value) / 128, "holds \(held)")
     }
@@ -291,7 +303,8 @@ import Testing
       var span = out.mutableSpan
       var view = try MutableTensorView(&span, heads: 4, tokens: total, dim: 24)
       try KVCache.attend(
-        caches, layer: 0, queries: TensorView(queries.span, heads: 4, tokens: total, dim: 40), tokens: tokens, into: &view)
+        caches, layer: 0, queries: TensorView(queries.span, heads: 4, tokens: total, dim: 40), tokens: tokens,
+        into: &view)
     }
     expectError(.shapeMismatch, "2 caches") { try attend([a, b], [1]) }
     expectError(.shapeMismatch, "adding up to 2") { try attend([a, b], [1, 2]) }

@@ -5,9 +5,11 @@ import Testing
 
 /// Every CPU level this machine has against the portable one and against f64, through caches.
 @Suite struct LevelTests {
-  static let stores = ["f32", "f16", "bf16"] + [2, 3, 4, 8].flatMap { bits in
-    ["f16", "bf16", "f32"].map { "kivi(bits=\(bits),residual=32,window=f32,metadata=\($0))" }
-  }
+  static let stores =
+    ["f32", "f16", "bf16"]
+    + [2, 3, 4, 8].flatMap { bits in
+      ["f16", "bf16", "f32"].map { "kivi(bits=\(bits),residual=32,window=f32,metadata=\($0))" }
+    }
   static let dims = [1, 2, 7, 8, 15, 16, 17, 33, 40, 63, 67, 129]
 
   /// Codes and metadata, so decoded rows, are the same bits at every level; attention agrees with f64.
@@ -68,14 +70,19 @@ import Testing
             let exact: [Float]
             switch type {
             case .f16:
-              try cache.attend(layer: 0, queries: TensorView(halves.span, heads: 6, tokens: count, dim: 40), into: &view, options: looking)
+              try cache.attend(
+                layer: 0, queries: TensorView(halves.span, heads: 6, tokens: count, dim: 40), into: &view,
+                options: looking)
               exact = halves.map { Float($0) }
             case .bf16:
               try cache.attend(
-                layer: 0, queries: TensorView(bfloat16: brains.span, heads: 6, tokens: count, dim: 40), into: &view, options: looking)
+                layer: 0, queries: TensorView(bfloat16: brains.span, heads: 6, tokens: count, dim: 40), into: &view,
+                options: looking)
               exact = brains.map { Float(bitPattern: UInt32($0) << 16) }
             default:
-              try cache.attend(layer: 0, queries: TensorView(floats.span, heads: 6, tokens: count, dim: 40), into: &view, options: looking)
+              try cache.attend(
+                layer: 0, queries: TensorView(floats.span, heads: 6, tokens: count, dim: 40), into: &view,
+                options: looking)
               exact = floats
             }
             _ = consume view
@@ -94,8 +101,10 @@ import Testing
   /// f16: subnormals, the largest number, ties to even; the same as Swift's own conversion.
   @Test func halfEdges() throws {
     let edges: [Float] = [
-      0, -0.0, 0x1p-24, 0x1p-25, 0x1.8p-25, 0x1.000002p-25, -0x1p-24, 0x1.8p-24, 0x1p-14, 0x1.ff8p-15, 0x1.ffcp-15, 0x1.ffep-15,
-      65504, 65519, -65504, 65519.996, 1, 1.0004883, 1.0009766, 1.0014648, 2049, 2051, 1e-8, -1e-8, 1e-30, 0.1, 1 / 3, 0x1p-149,
+      0, -0.0, 0x1p-24, 0x1p-25, 0x1.8p-25, 0x1.000002p-25, -0x1p-24, 0x1.8p-24, 0x1p-14, 0x1.ff8p-15, 0x1.ffcp-15,
+      0x1.ffep-15,
+      65504, 65519, -65504, 65519.996, 1, 1.0004883, 1.0009766, 1.0014648, 2049, 2051, 1e-8, -1e-8, 1e-30, 0.1, 1 / 3,
+      0x1p-149,
     ]
     withEvery("level", in: Backend.cpuLevels) { level in
       withEvery("length", in: [1, 3, 8, 15, 16, 17, edges.count]) { length in
@@ -108,7 +117,8 @@ import Testing
               layer: 0, keys: TensorView(row.span, heads: 1, tokens: 1, dim: length),
               values: TensorView(row.span, heads: 1, tokens: 1, dim: length))
             let expected =
-              store == "f16" ? row.map { Float(Float16($0)) } : row.map { Float(bitPattern: UInt32(bfloat16($0)) << 16) }
+              store == "f16"
+              ? row.map { Float(Float16($0)) } : row.map { Float(bitPattern: UInt32(bfloat16($0)) << 16) }
             checkSame(try cache.read(layer: 0, head: 0).keys, expected, "as \(store)")
             // Same type in and out: the bits themselves.
             let halves = row.map { Float16($0) }
@@ -148,7 +158,9 @@ import Testing
             traffic.keys[0][i] = y
             traffic.values[0][i] = y
           }
-          let cache = try makeCache("kivi(bits=\(bits),residual=32,window=f32,metadata=\(metadata))", traffic.shape, backend: .cpu(threads: 1, level: level))
+          let cache = try makeCache(
+            "kivi(bits=\(bits),residual=32,window=f32,metadata=\(metadata))", traffic.shape,
+            backend: .cpu(threads: 1, level: level))
           try traffic.append(cache, 0, 0..<tokens)
           try cache.finishPrefill()
           let held = try cache.read(layer: 0, head: 0)
@@ -162,7 +174,8 @@ import Testing
             let scaleError = step * unit + floor
             let lowError = abs(low) * unit + floor
             // Codes clamp at the ends: what rounding moves the range by is lost there.
-            let bound = (step + scaleError) / 2 + lowError + levels * scaleError + 4 * max(abs(low), abs(high)) * 0x1p-24
+            let bound =
+              (step + scaleError) / 2 + lowError + levels * scaleError + 4 * max(abs(low), abs(high)) * 0x1p-24
             for i in indices where !(abs(result[i] - source[i]) <= bound) {
               check(false, "\(what) \(i): \(source[i]) became \(result[i]), bound \(bound)")
               return
@@ -225,7 +238,13 @@ import Testing
   /// Window scores and accumulated attention: the kept tokens are those of f64, but for near ties.
   @Test func selectionAgreesAcrossLevels() throws {
     let traffic = Self.rough(Geometry(6, 2, 40, 24).shape(), tokens: 130, seed: 11)
-    withEvery("policy", in: ["snapkv(budget=40,window=8)+f32", "snapkv(budget=40,window=8,pooling=max,reduction=max)+f32", "h2o(budget=40)+f32"]) {
+    withEvery(
+      "policy",
+      in: [
+        "snapkv(budget=40,window=8)+f32", "snapkv(budget=40,window=8,pooling=max,reduction=max)+f32",
+        "h2o(budget=40)+f32",
+      ]
+    ) {
       text in
       var first: [[[Int]]]?
       for level in Backend.cpuLevels {

@@ -23,7 +23,9 @@ import Testing
 
   static let selections = PolicyRegistry.standard.methods.filter { $0.role == .selection }.flatMap(texts)
   static let stores =
-    PolicyRegistry.standard.methods.filter { $0.role == .store }.flatMap(texts) + ["kivi(key_bits=3,value_bits=2,residual=64)"]
+    PolicyRegistry.standard.methods.filter { $0.role == .store }.flatMap(texts) + [
+      "kivi(key_bits=3,value_bits=2,residual=64)"
+    ]
 
   /// Schedules a selection may be asked for.
   static func schedules(_ selection: Selection) -> [(String, Schedule)] {
@@ -142,10 +144,11 @@ import Testing
           checkSame(held.values, rows.flatMap { traffic.value(layer, head, $0) }, "values of head \(head)")
         } else {
           // Affine codes of numbers within ±2 are off by at most half a step of the full range.
-          let bits = cache.policy.tiers[0].spec.options.compactMap { option -> Int? in
-            guard option.name.hasSuffix("bits"), case .integer(let n) = option.value.kind else { return nil }
-            return n
-          }.min() ?? 2
+          let bits =
+            cache.policy.tiers[0].spec.options.compactMap { option -> Int? in
+              guard option.name.hasSuffix("bits"), case .integer(let n) = option.value.kind else { return nil }
+              return n
+            }.min() ?? 2
           let half = 254 / Float(64) / Float(1 << bits - 1) / 2 * 1.01 + 0.01
           let worst = zip(held.keys, rows.flatMap { traffic.key(layer, head, $0) }).map { abs($0 - $1) }.max() ?? 0
           check(worst <= half, "a key is off by \(worst), half a step is \(half)")

@@ -79,7 +79,8 @@ private struct Pyramid: Allocator {
         let backend = try Backend.cpu(threads: 1)
         let traffic = Traffic(Self.geometry.shape(), tokens: 104)
         let cache = try KVCache(
-          shape: traffic.shape, policy: Self.policy(budget: .tokens(64), allocator: PerHead(table: table), tiers: [store]),
+          shape: traffic.shape,
+          policy: Self.policy(budget: .tokens(64), allocator: PerHead(table: table), tiers: [store]),
           backend: backend)
         try traffic.run(cache, prompt: 100)
         check(
@@ -164,7 +165,9 @@ private struct Pyramid: Allocator {
     withEvery("geometry", in: [Geometry(4, 2, 40, 24), Geometry(2, 1, 67)]) { geometry in
       withEvery("store", in: ["f32", "f16", "kivi(bits=2,residual=32)", "kivi(bits=8,residual=64)"]) { store in
         withEvery("bytes", in: [90_000, 131_171]) { bytes in
-          withEvery("selection", in: ["streaming(sinks=2,positions=keep", "snapkv(window=5", "snapkv(window=5,every=2", "h2o("]) {
+          withEvery(
+            "selection", in: ["streaming(sinks=2,positions=keep", "snapkv(window=5", "snapkv(window=5,every=2", "h2o("]
+          ) {
             let comma = $0.hasSuffix("(") ? "" : ","
             let traffic = Traffic(geometry.shape(), tokens: 530)
             let cache = try makeCache("\($0)\(comma)budget=\(bytes)B)+\(store)", traffic.shape)
@@ -185,7 +188,9 @@ private struct Pyramid: Allocator {
             let limit = store.hasPrefix("kivi") ? bytes + bytes / 8 : bytes
             for token in 480..<530 {
               try traffic.step(cache, token..<token + 1)
-              guard check(cache.bytes.total <= limit, "\(cache.bytes) = \(cache.bytes.total) at \(token)") else { return }
+              guard check(cache.bytes.total <= limit, "\(cache.bytes) = \(cache.bytes.total) at \(token)") else {
+                return
+              }
             }
           }
         }
@@ -254,7 +259,8 @@ private struct Pyramid: Allocator {
     let traffic = Traffic(Self.geometry.shape(), tokens: 60)
     let cache = try KVCache(shape: traffic.shape, policy: policy, backend: .cpu(threads: 1))
     try traffic.run(cache, prompt: 30)
-    withKnownIssue("a tier takes rows in position order only: a row cannot follow a later one into a tier") { () throws -> Void in
+    withKnownIssue("a tier takes rows in position order only: a row cannot follow a later one into a tier") {
+      () throws -> Void in
       for token in 30..<60 { try traffic.checkedStep(cache, 0, token..<token + 1) }
       for head in 0..<2 { #expect(try cache.rows(layer: 0, head: head) == Array(0..<60)) }
     }
@@ -283,7 +289,8 @@ private struct Pyramid: Allocator {
       for token in 40..<120 {
         try traffic.step(cache, token..<token + 1)
         let expected = Float(2 * (token + 1))
-        guard check(sums.last.allSatisfy { abs($0 - expected) < 1e-4 * expected }, "\(sums.last), not \(expected)") else {
+        guard check(sums.last.allSatisfy { abs($0 - expected) < 1e-4 * expected }, "\(sums.last), not \(expected)")
+        else {
           return
         }
       }

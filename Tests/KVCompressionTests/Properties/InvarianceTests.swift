@@ -18,10 +18,14 @@ import Testing
       let traffic = Traffic(Self.geometry.shape(layers: 2), tokens: 100)
       let plain = try makeCache(store, traffic.shape)
       let outputs = try traffic.run(plain, prompt: 83, decoded: 17, chunk: 30)
-      withEvery("selection", in: [
-        "streaming(sinks=4,recent=96,positions=keep)", "h2o(heavy=50,recent=50)", "h2o(budget=unlimited)", "h2o(budget=100%)",
-        "snapkv(budget=100,window=7)", "snapkv(budget=1.0,window=7)", "snapkv(budget=64MiB,window=7,every=3)",
-      ]) { selection in
+      withEvery(
+        "selection",
+        in: [
+          "streaming(sinks=4,recent=96,positions=keep)", "h2o(heavy=50,recent=50)", "h2o(budget=unlimited)",
+          "h2o(budget=100%)",
+          "snapkv(budget=100,window=7)", "snapkv(budget=1.0,window=7)", "snapkv(budget=64MiB,window=7,every=3)",
+        ]
+      ) { selection in
         let cache = try makeCache("\(selection)+\(store)", traffic.shape)
         checkSame(try traffic.run(cache, prompt: 83, decoded: 17, chunk: 30), outputs, "outputs over \(store)")
         for layer in 0..<2 {
@@ -317,7 +321,8 @@ import Testing
     var span = out.mutableSpan
     var view = try MutableTensorView(&span, heads: 4, tokens: 50, dim: 9, layout: .tokenMajor)
     try cache.attend(
-      layer: 0, queries: TensorView(q.span, heads: 4, tokens: 50, dim: 24, headStride: 24, tokenStride: 99), into: &view)
+      layer: 0, queries: TensorView(q.span, heads: 4, tokens: 50, dim: 24, headStride: 24, tokenStride: 99), into: &view
+    )
     _ = consume view
     var byHead: [Float] = []
     for head in 0..<4 {

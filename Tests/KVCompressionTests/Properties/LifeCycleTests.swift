@@ -1,12 +1,14 @@
 import KVCompression
-@testable import KVCore
 import KVExperiments
 import Testing
+
+@testable import KVCore
 
 /// Forks, rewinding, several turns, layers of other kinds, engines with attention of their own.
 @Suite struct LifeCycleTests {
   static let geometry = Geometry(4, 2, 40, 24)
-  static let policies = InvarianceTests.policies + ["streaming(sinks=2,recent=30)", "snapkv(budget=31,window=6,every=4)"]
+  static let policies =
+    InvarianceTests.policies + ["streaming(sinks=2,recent=30)", "snapkv(budget=31,window=6,every=4)"]
 
   static func shape(layers: Int = 1) throws -> ModelShape {
     var shape = geometry.shape(layers: layers)
@@ -25,7 +27,9 @@ import Testing
       var other = Traffic(shape, tokens: 120, seed: 2)
       for head in 0..<2 {
         for token in 0..<77 {
-          for c in 0..<40 { other.keys[0][(head * 120 + token) * 40 + c] = common.keys[0][(head * 120 + token) * 40 + c] }
+          for c in 0..<40 {
+            other.keys[0][(head * 120 + token) * 40 + c] = common.keys[0][(head * 120 + token) * 40 + c]
+          }
           for c in 0..<24 {
             other.values[0][(head * 120 + token) * 24 + c] = common.values[0][(head * 120 + token) * 24 + c]
           }
@@ -78,7 +82,9 @@ import Testing
   // MARK: Rewinding
 
   @Test func trimIsExact() throws {
-    withEvery("store", in: ["f32", "f16", "kivi(bits=2,residual=64)", "streaming(sinks=2,recent=200,positions=keep)+f16"]) {
+    withEvery(
+      "store", in: ["f32", "f16", "kivi(bits=2,residual=64)", "streaming(sinks=2,recent=200,positions=keep)+f16"]
+    ) {
       store in
       withEvery("cut", in: [0, 1, 3, 17]) { cut in
         let traffic = Traffic(Self.geometry.shape(layers: 2), tokens: 128)
@@ -212,7 +218,9 @@ import Testing
         model.decoding = false
         model.append(second)
         model.finishPrefill()
-        check(cache.rowsHeld(layer: 0, head: 0) == model.rows, "\(cache.rowsHeld(layer: 0, head: 0)) rows, not \(model.rows)")
+        check(
+          cache.rowsHeld(layer: 0, head: 0) == model.rows,
+          "\(cache.rowsHeld(layer: 0, head: 0)) rows, not \(model.rows)")
         for token in 70 + second..<90 + second {
           try traffic.step(cache, token..<token + 1)
           model.append(1)
@@ -258,7 +266,8 @@ import Testing
   // MARK: Layers of other kinds
 
   @Test func slidingWindows() throws {
-    withEvery("policy", in: ["f32", "kivi(residual=32)", "h2o(budget=20)+f32", "snapkv(budget=20,window=4)+f16"]) { text in
+    withEvery("policy", in: ["f32", "kivi(residual=32)", "h2o(budget=20)+f32", "snapkv(budget=20,window=4)+f16"]) {
+      text in
       withEvery("window", in: [1, 7, 33]) { window in
         let shape = ModelShape(layers: [Self.geometry.layer(slidingWindow: window), Self.geometry.layer()])
         let backend = try Backend.cpu(threads: 1)
@@ -326,10 +335,15 @@ import Testing
 
   /// H2O and SnapKV through observe and commit keep what they keep through attend.
   @Test func observingIsAttending() throws {
-    withEvery("policy", in: [
-      "h2o(budget=20)+f32", "h2o(budget=20,every=4)+f32", "h2o(budget=20)+kivi(residual=32)", "snapkv(budget=20,window=5)+f32",
-      "snapkv(budget=24,window=5,every=3)+f16", "streaming(sinks=2,recent=18,positions=keep)+f32", "kivi(residual=32)",
-    ]) { text in
+    withEvery(
+      "policy",
+      in: [
+        "h2o(budget=20)+f32", "h2o(budget=20,every=4)+f32", "h2o(budget=20)+kivi(residual=32)",
+        "snapkv(budget=20,window=5)+f32",
+        "snapkv(budget=24,window=5,every=3)+f16", "streaming(sinks=2,recent=18,positions=keep)+f32",
+        "kivi(residual=32)",
+      ]
+    ) { text in
       let shape = Self.geometry.shape(layers: 2)
       let traffic = Traffic(shape, tokens: 90)
       let through = try makeCache(text, shape)
@@ -364,7 +378,9 @@ import Testing
     return try (0..<s.kvHeads).map { head in
       let held = try cache.read(layer: layer, head: head)
       var queries: [Float] = []
-      for member in 0..<s.group { for token in range { queries += traffic.query(layer, head * s.group + member, token) } }
+      for member in 0..<s.group {
+        for token in range { queries += traffic.query(layer, head * s.group + member, token) }
+      }
       let sums = try AttentionReference().columnSums(
         queries: HeadTensor(heads: s.group, tokens: range.count, dim: s.keyDim, elements: queries),
         keys: HeadTensor(heads: 1, tokens: held.positions.count, dim: s.keyDim, elements: held.keys),
@@ -440,7 +456,8 @@ import Testing
     for pair in 0..<rotary.pairs {
       let angle = Double(rotary.inverseFrequencies[pair]) * Double(to - from)
       let (i, j) =
-        rotary.layout == .interleaved ? (start + 2 * pair, start + 2 * pair + 1) : (start + pair, start + pair + rotary.pairs)
+        rotary.layout == .interleaved
+        ? (start + 2 * pair, start + 2 * pair + 1) : (start + pair, start + pair + rotary.pairs)
       let (x, y) = (Double(row[i]), Double(row[j]))
       let (sine, cosine) = sinCos(angle)
       row[i] = Float(x * cosine - y * sine)
@@ -451,7 +468,9 @@ import Testing
   private func sinCos(_ angle: Double) -> (Double, Double) {
     // Taylor after halving: exact enough for an oracle, no Foundation.
     let small = angle / 1024
-    var (s, c) = (small - small * small * small / 6 + small * small * small * small * small / 120, 1 - small * small / 2)
+    var (s, c) = (
+      small - small * small * small / 6 + small * small * small * small * small / 120, 1 - small * small / 2
+    )
     c += small * small * small * small / 24 - small * small * small * small * small * small / 720
     for _ in 0..<10 { (s, c) = (2 * s * c, c * c - s * s) }
     return (s, c)
@@ -459,7 +478,8 @@ import Testing
 
   @Test func optionsOfAttention() throws {
     let all: [AttentionOptions] = [
-      .init(), .init(scale: 0.3), .init(softcap: 3), .init(scale: 1, softcap: 0.5), .init(causal: false), .init(scale: -0.2),
+      .init(), .init(scale: 0.3), .init(softcap: 3), .init(scale: 1, softcap: 0.5), .init(causal: false),
+      .init(scale: -0.2),
     ]
     withEvery("store", in: ["f32", "bf16", "kivi(bits=4,residual=32)"]) { store in
       withEvery("geometry", in: Geometry.all) { geometry in
@@ -474,7 +494,8 @@ import Testing
           looking.commits = false
           let output = try traffic.attend(cache, 0, 70..<75, looking)
           try Oracle(
-            held, geometry.layer(), queries: traffic.queries(0, 70..<75), tokens: 5, firstPosition: 70, options: options,
+            held, geometry.layer(), queries: traffic.queries(0, 70..<75), tokens: 5, firstPosition: 70,
+            options: options,
             folded: store.hasPrefix("kivi")
           ).check(output)
           // The same call again gives the same bits: it only looked.
@@ -496,7 +517,8 @@ import Testing
         for c in [cache, twin] { try traffic.append(c, 0, token..<token + 1) }
         for _ in 0..<3 { try traffic.attend(cache, 0, token..<token + 1, AttentionOptions(commits: false)) }
         checkSame(
-          try traffic.attend(cache, 0, token..<token + 1), try traffic.attend(twin, 0, token..<token + 1), "token \(token)")
+          try traffic.attend(cache, 0, token..<token + 1), try traffic.attend(twin, 0, token..<token + 1),
+          "token \(token)")
         check(try Snapshot(cache) == Snapshot(twin), "contents at \(token)")
       }
     }
@@ -510,16 +532,20 @@ import Testing
     let values = dice.normals(rows * valueDim)
     let queries = dice.normals(2 * dim)
     withEvery("level", in: Backend.cpuLevels) { level in
-      withEvery("bias", in: [[Float]](arrayLiteral:
-        (0..<rows).map { Float($0 % 5) / 2 }, (0..<rows).map { $0 % 3 == 0 ? -.infinity : 0.5 },
-        Array(repeating: -.infinity, count: rows)
-      )) { bias in
+      withEvery(
+        "bias",
+        in: [[Float]](
+          arrayLiteral: (0..<rows).map { Float($0 % 5) / 2 }, (0..<rows).map { $0 % 3 == 0 ? -.infinity : 0.5 },
+          Array(repeating: -.infinity, count: rows)
+        )
+      ) { bias in
         var kernel = KernelAttention(backend: try Backend.cpu(threads: 1, level: level))
         kernel.scale = 0.2
         let segment = try kernel.segment(
           HeadTensor(heads: 1, tokens: rows, dim: dim, elements: keys),
           HeadTensor(heads: 1, tokens: rows, dim: valueDim, elements: values), bias: [bias])
-        let output = try kernel.attend(HeadTensor(heads: 2, tokens: 1, dim: dim, elements: queries), over: [segment]).output
+        let output = try kernel.attend(HeadTensor(heads: 2, tokens: 1, dim: dim, elements: queries), over: [segment])
+          .output
         let held = HeadContents(positions: Array(0..<rows), keys: keys, values: values, logBias: bias)
         try Oracle(
           [held], Geometry(2, 1, dim, valueDim).layer(), queries: queries, tokens: 1, firstPosition: rows - 1,
@@ -549,7 +575,8 @@ import Testing
   @Test func allocationsOfDecoding() throws {
     // Dense: an extent of 64 rows for keys and values of two heads. KIVI: blocks of keys (body and tail), single rows
     // of values.
-    withEvery("policy", in: [("f32", 4), ("f16", 4), ("kivi(residual=64)", 14), ("kivi(bits=8,residual=32)", 20)]) { text, most in
+    withEvery("policy", in: [("f32", 4), ("f16", 4), ("kivi(residual=64)", 14), ("kivi(bits=8,residual=32)", 20)]) {
+      text, most in
       let traffic = Traffic(Self.geometry.shape(), tokens: 600)
       let backend = try Backend.cpu(threads: 1)
       let cache = try makeCache(text, traffic.shape, backend: backend)
@@ -562,7 +589,9 @@ import Testing
           try traffic.step(cache, token..<token + 1)
           if backend.memory.allocations != now { steps += 1 }
         }
-        check(backend.memory.allocations - before <= most, "\(backend.memory.allocations - before) allocations in 64 tokens")
+        check(
+          backend.memory.allocations - before <= most, "\(backend.memory.allocations - before) allocations in 64 tokens"
+        )
       }
       check(steps <= 6 * 5, "\(steps) of 384 steps allocated")
     }

@@ -341,7 +341,9 @@ struct Oracle {
       var valueTops = [Double](repeating: 0, count: rows)
       if folded {
         for row in 0..<rows {
-          for c in 0..<layer.keyDim { keyTops[c] = max(keyTops[c], abs(Double(heads[head].keys[row * layer.keyDim + c]))) }
+          for c in 0..<layer.keyDim {
+            keyTops[c] = max(keyTops[c], abs(Double(heads[head].keys[row * layer.keyDim + c])))
+          }
           for c in 0..<layer.valueDim {
             valueTops[row] = max(valueTops[row], abs(Double(heads[head].values[row * layer.valueDim + c])))
           }
@@ -383,7 +385,8 @@ struct Oracle {
   func check(_ output: [Float], sourceLocation: SourceLocation = #_sourceLocation) {
     let worst = worst(output)
     KVCompressionTests.check(
-      output.count == outputs.count && worst <= 1, "attention is off by \(worst) bounds", sourceLocation: sourceLocation)
+      output.count == outputs.count && worst <= 1, "attention is off by \(worst) bounds", sourceLocation: sourceLocation
+    )
   }
 }
 

@@ -11,11 +11,12 @@ import Testing
   }
 
   /// Lengths around every step of the algorithm, against the reference library (python xxhash).
-  @Test(arguments: [
-    (1, 0x1F25_C8D0_BC1F_4BB6), (3, 0x31D2_363F_52E5_64C9), (4, 0x9BB6_4B7D_66EE_9FDA), (7, 0x9A7B_1499_59CE_60D8),
-    (8, 0xDAB9_9D95_C6F9_0092), (31, 0xA2AA_5F33_CC4A_6119), (32, 0x23C3_C17E_F790_FD97),
-    (33, 0x50A7_CFC7_BA58_8784), (63, 0x5E3E_54B4_31C7_493C), (100, 0xA61F_8D4C_170F_E531),
-  ] as [(Int, UInt64)])
+  @Test(
+    arguments: [
+      (1, 0x1F25_C8D0_BC1F_4BB6), (3, 0x31D2_363F_52E5_64C9), (4, 0x9BB6_4B7D_66EE_9FDA), (7, 0x9A7B_1499_59CE_60D8),
+      (8, 0xDAB9_9D95_C6F9_0092), (31, 0xA2AA_5F33_CC4A_6119), (32, 0x23C3_C17E_F790_FD97),
+      (33, 0x50A7_CFC7_BA58_8784), (63, 0x5E3E_54B4_31C7_493C), (100, 0xA61F_8D4C_170F_E531),
+    ] as [(Int, UInt64)])
   func lengths(count: Int, expected: UInt64) {
     let bytes = (0..<count).map { UInt8(truncatingIfNeeded: $0 * 7 + 3) }
     #expect(XXHash64.hash(bytes) == expected)

@@ -15,7 +15,8 @@ import Testing
     #expect(spec.description == "snapkv(budget=0.25,window=32)+kivi(bits=2)")
     #expect(
       try spec.json()
-        == #"{"stages":[{"name":"snapkv","options":{"budget":0.25,"window":32}},{"name":"kivi","options":{"bits":2}}]}"#)
+        == #"{"stages":[{"name":"snapkv","options":{"budget":0.25,"window":32}},{"name":"kivi","options":{"bits":2}}]}"#
+    )
   }
 
   @Test(arguments: [

@@ -42,7 +42,8 @@ package struct Comparison {
     self.needles = needles
     for policy in policies {
       try Self.named(policy) { () throws(KVError) in
-        _ = try KVCache(shape: engine.model.config.shape, policy: policy.policy, backend: .cpu(threads: options.threads))
+        _ = try KVCache(
+          shape: engine.model.config.shape, policy: policy.policy, backend: .cpu(threads: options.threads))
       }
     }
   }

@@ -89,7 +89,8 @@ package struct NeedleBuilder {
   package mutating func next(tokens: Int, notes: Int, questions: Int) throws(KVError) -> NeedleSequence {
     guard notes >= 1, (0...notes).contains(questions), notes <= names.adjectives.count * names.nouns.count / 2 else {
       throw KVError(
-        .invalidOption, "a needle sequence has 1 or more notes, as many names, and no more questions than notes; got "
+        .invalidOption,
+        "a needle sequence has 1 or more notes, as many names, and no more questions than notes; got "
           + "\(notes) notes and \(questions) questions")
     }
     var pairs: [(name: String, code: String)] = []
