@@ -7,7 +7,7 @@ extension KVCache {
   /// - Parameters:
   ///   - queries: [queryHeads, n, keyDim], post-RoPE, the last n appended tokens.
   ///   - output: [queryHeads, n, valueDim] f32, overwritten; any strides. A query that sees no row gives zeros.
-  /// - Throws: `shapeMismatch`, `nonFinite`; the cache is unchanged then.
+  /// - Throws: `shapeMismatch`, `nonFinite` (also for logits beyond f32); the cache is unchanged then.
   /// - Complexity: O(n · queryHeads · rows · dim). Decoding allocates nothing that grows with the tokens seen.
   public func attend(
     layer: Int, queries: borrowing TensorView, into output: inout MutableTensorView,
@@ -64,6 +64,7 @@ extension KVCache {
       token += count
     }
     first.backend.operations.attend(first.plan)
+    try first.checkFinite(output, layer: layer)
     token = 0
     for (cache, count) in zip(caches, tokens) {
       try cache.conclude(
@@ -84,6 +85,7 @@ extension KVCache {
     describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
     plan.sequences[0].logSumExp = logSumExp
     backend.operations.attend(plan)
+    try checkFinite(output, layer: layer)
     try conclude(layer: layer, queries: queries, options: options)
   }
 
@@ -98,6 +100,20 @@ extension KVCache {
           + "\(output.heads) x \(output.tokens) x \(output.dim)", layer: layer)
     }
     try options.validate(layer: layer)
+  }
+
+  /// Finite keys and queries can have a product beyond f32, and its softmax is NaN: that is said, not passed on. The policy
+  /// has not acted on the step then.
+  private func checkFinite(_ output: borrowing MutableTensorView, layer: Int) throws(KVError) {
+    let view = TensorView(
+      unsafeBase: output.base, type: .f32, heads: output.heads, tokens: output.tokens, dim: output.dim,
+      headStride: output.headStride, tokenStride: output.tokenStride)
+    if let place = backend.operations.firstNonfinite(view) {
+      throw KVError(
+        .nonFinite,
+        "the logits of query \(place.token) of query head \(place.head) are beyond what f32 holds; scale keys or queries",
+        layer: layer)
+    }
   }
 
   private static func checkBatch(

@@ -70,4 +70,11 @@ public struct HeadContents: Hashable, Sendable {
   public var values: [Float]
   /// To be added to the logit of each row.
   public var logBias: [Float]
+
+  public init(positions: [Int], keys: [Float], values: [Float], logBias: [Float]) {
+    self.positions = positions
+    self.keys = keys
+    self.values = values
+    self.logBias = logBias
+  }
 }
