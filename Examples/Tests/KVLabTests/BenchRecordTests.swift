@@ -1,6 +1,6 @@
 import Testing
 
-@testable import KVLabKit
+import KVLabKit
 
 @Suite struct BenchRecordTests {
   @Test func printsTheDocumentedKeys() {

@@ -18,6 +18,22 @@ package struct BenchRecord: Sendable {
   /// Whether the result agreed with the portable kernels'.
   package var checked: Bool
 
+  package init(
+    name: String, store: String, tokens: Int, queries: Int, threads: Int, seconds: [Double], bytes: Int,
+    readBandwidth: Double, ratioToF16: Double? = nil, checked: Bool
+  ) {
+    self.name = name
+    self.store = store
+    self.tokens = tokens
+    self.queries = queries
+    self.threads = threads
+    self.seconds = seconds
+    self.bytes = bytes
+    self.readBandwidth = readBandwidth
+    self.ratioToF16 = ratioToF16
+    self.checked = checked
+  }
+
   /// What `--filter` is compared with.
   package var label: String { Self.label(name, store, tokens, queries, threads) }
 
