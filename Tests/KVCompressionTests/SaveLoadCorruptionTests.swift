@@ -61,7 +61,8 @@ import Testing
       (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
       (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),
       (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
-      (59, [0], "expected 3 rows"), (67, [2], "room for rows"), (67, [0, 0, 4], "room for rows"), (75, [62], "first row"),
+      (59, [0], "expected 3 rows"), (67, [2], "room for rows"), (67, [0, 0, 4], "room for rows"),
+      (75, [62], "first row"),
       (83, [0, 0, 0xC0, 0x7F], "finite elements"), (83, [0, 0, 0x80, 0xFF], "finite elements"),
     ] as [(Int, [UInt8], String)])
   func everyFieldOfASegmentIsChecked(offset: Int, bytes: [UInt8], message: String) throws {

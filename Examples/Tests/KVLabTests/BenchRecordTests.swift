@@ -1,6 +1,5 @@
-import Testing
-
 import KVLabKit
+import Testing
 
 @Suite struct BenchRecordTests {
   @Test func printsTheDocumentedKeys() {
