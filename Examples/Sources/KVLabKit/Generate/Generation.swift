@@ -68,7 +68,7 @@ package struct GenerationReport: Sendable {
 
   package var summary: String {
     "\(policy.spec)\n\(promptTokens) + \(generatedTokens) tokens; cache \(Print.bytes(bytes)), "
-      + "\(Print.fixed(bytesPerToken, 0)) bytes a token, \(Print.fixed(ratio, 2))x smaller than f16, peak "
+      + "\(Print.fixed(bytesPerToken, 0)) bytes a token, ratio \(Print.fixed(ratio, 2)) to f16, peak "
       + "\(Print.bytes(peakCacheBytes)); prefill \(Print.fixed(prefillTokensPerSecond, 0)) and decode "
       + "\(Print.fixed(decodeTokensPerSecond, 0)) tokens/s"
   }
