@@ -123,11 +123,11 @@ extension KVCache {
     // Every layer is planned before the first byte of any changes.
     var plans: [LayerPlan] = []
     if policy.allocator.spansLayers {
-      plans = try plan(chosen, room: room)
+      plans = try plan(chosen, room: room, keepingViews: chosen.count == 1)
     } else {
-      for state in chosen { plans += try plan([state], room: room) }
+      for state in chosen { plans += try plan([state], room: room, keepingViews: chosen.count == 1) }
     }
-    for plan in plans { try apply(plan, view: plans.count == 1 ? plan.view : nil) }
+    for plan in plans { try apply(plan) }
   }
 
   /// What is to become of the rows of one layer.
@@ -136,11 +136,13 @@ extension KVCache {
     let rows: [Int]
     /// Nil: everything fits.
     let routing: Routing?
-    /// Kept when the layer is alone; the views of a long prompt's layers together would be large.
-    var view: LayerView?
+    /// Nil where many layers are planned: the views of a long prompt's layers together would be large.
+    let view: LayerView?
   }
 
-  private func plan(_ states: [LayerState], room: Int) throws(KVError) -> [LayerPlan] {
+  private func plan(
+    _ states: [LayerState], room: Int, keepingViews: Bool
+  ) throws(KVError) -> [LayerPlan] {
     let protection = policy.router.protection
     var views: [LayerView] = []
     var requests: [AllocationRequest] = []
@@ -175,12 +177,10 @@ extension KVCache {
         var outcomes = Routing()
         outcomes.reset(like: requests[index].scores)
         policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
+        try checkOrder(of: outcomes, in: views[index])
         routing = outcomes
       }
-      plans.append(
-        LayerPlan(
-          state: state, rows: rows, routing: routing, view: layers.count == 1 || states.count == 1 ? views[index] : nil)
-      )
+      plans.append(LayerPlan(state: state, rows: rows, routing: routing, view: keepingViews ? views[index] : nil))
     }
     return plans
   }
@@ -259,14 +259,14 @@ extension KVCache {
     }
   }
 
-  private func apply(_ plan: LayerPlan, view known: LayerView?) throws(KVError) {
+  private func apply(_ plan: LayerPlan) throws(KVError) {
     let state = plan.state
     let before = plan.rows.max() ?? 0
     guard let routing = plan.routing else {
       state.outcome = .withinBudget(rows: before)
       return
     }
-    let view = known ?? LayerView(state, options: attention, backend: backend.operations)
+    let view = plan.view ?? LayerView(state, options: attention, backend: backend.operations)
     let eager = state.phase == .prefill
     var dropped = state.segments.map { segment in Array(repeating: [Int](), count: segment.kvHeads) }
     var moves = state.segments.map { _ in
@@ -281,15 +281,12 @@ extension KVCache {
         if outcome == .dropped {
           dropped[from][head].append(Int(place.slot))
         } else if Int(outcome.rawValue) != from {
-          precondition(
-            Int(outcome.rawValue) < state.segments.count,
-            "a router sent a row to tier \(outcome.rawValue) of \(state.segments.count)")
+          outcome.precondition(tiers: state.segments.count)
           moves[from][Int(outcome.rawValue)][head].append(Int(place.slot))
           dropped[from][head].append(Int(place.slot))
         }
       }
     }
-    try checkOrder(of: moves, in: state)
     do throws(KVError) {
       let tracked = tracksScores(state)
       for from in state.segments.indices {
@@ -309,25 +306,44 @@ extension KVCache {
     state.outcome = .compressed(before: before, after: after, at: state.seen)
   }
 
-  /// Tiers hold rows in position order and take new ones at the end: a router may not send a row behind a later one.
-  private func checkOrder(of moves: [[[[Int]]]], in state: LayerState) throws(KVError) {
-    for to in state.segments.indices {
-      for head in 0..<state.shape.kvHeads {
-        let held = state.segments[to].slotCount(head: head)
-        var last = held == 0 ? -1 : state.segments[to].position(head: head, slot: held - 1)
-        for from in state.segments.indices {
-          guard let first = moves[from][to][head].first, let end = moves[from][to][head].last else { continue }
-          let position = state.segments[from].position(head: head, slot: first)
-          guard position > last else {
+  /// Tiers hold rows in position order and take new ones at the end, those of one tier after those of another: a router
+  /// may not send a row behind a later one.
+  private func checkOrder(of routing: Routing, in view: LayerView) throws(KVError) {
+    let tiers = view.segments.count
+    if tiers == 1 { return }
+    for head in 0..<view.kvHeads {
+      // First and last position that goes from one tier to another: [to * tiers + from].
+      var moved = [ClosedRange<Int>?](repeating: nil, count: tiers * tiers)
+      routing.forEach(head: head, notIn: nil) { row, outcome in
+        let from = Int(view.reference(head: head, row: row).segment)
+        let to = Int(outcome.rawValue)
+        if outcome == .dropped || to == from { return }
+        outcome.precondition(tiers: tiers)
+        let position = view.position(head: head, row: row)
+        moved[to * tiers + from] = (moved[to * tiers + from]?.lowerBound ?? position)...position
+      }
+      for to in 0..<tiers {
+        let held = view.segments[to].slotCount(head: head)
+        var last = held == 0 ? -1 : view.segments[to].position(head: head, slot: held - 1)
+        for positions in moved[to * tiers..<(to + 1) * tiers] {
+          guard let positions else { continue }
+          guard positions.lowerBound > last else {
             throw KVError(
               .unsupported,
               "tier \(to) holds rows up to position \(last) and takes only later ones; the router sent position "
-                + "\(position)", layer: state.layer, head: head)
+                + "\(positions.lowerBound)", layer: view.layer, head: head)
           }
-          last = state.segments[from].position(head: head, slot: end)
+          last = positions.upperBound
         }
       }
     }
+  }
+}
+
+extension Routing.Outcome {
+  /// A router that names a tier there is not is a programmer's mistake.
+  fileprivate func precondition(tiers: Int) {
+    Swift.precondition(Int(rawValue) < tiers, "a router sent a row to tier \(rawValue) of \(tiers)")
   }
 }
 

@@ -294,8 +294,6 @@ package final class RowSegment: Segment {
     for slot in 0..<rows.slots where bias[slot] != -.infinity { slots.append(Int32(slot)) }
   }
 
-  package var hasScores: Bool { heads.contains { $0.score != nil } }
-
   package func forgetScores() { for head in heads.indices { heads[head].score = nil } }
 
   package func prepareScores() throws(KVError) {

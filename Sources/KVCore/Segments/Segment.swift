@@ -38,8 +38,6 @@ package protocol Segment: AnyObject {
   func copyScores(head: Int, into target: UnsafeMutablePointer<Float>)
   /// Appends the live slots of a head, ascending.
   func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>)
-  /// Whether slots carry accumulated attention.
-  var hasScores: Bool { get }
   /// Removes the accumulated attention of every slot: the policy no longer needs it.
   func forgetScores()
   /// Adds observed attention to the live slots of a head, in slot order.

@@ -266,6 +266,33 @@ private struct Pyramid: Allocator {
     }
   }
 
+  /// A move that the second layer cannot make is refused before the first layer's rows move.
+  @Test func refusedMovesChangeNoLayer() throws {
+    struct Turning: Scorer {
+      var inputs: RequiredInputs { .none }
+      func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
+        let evenFirst = layer.layer == 1 && layer.tokensSeen <= 30
+        for head in 0..<layer.kvHeads {
+          for row in 0..<layer.rowCount(head: head) {
+            let position = layer.position(head: head, row: row)
+            scores[head, row] = Float(evenFirst && position % 2 == 0 ? position + 1000 : position)
+          }
+        }
+      }
+    }
+    let policy = Self.policy(
+      Turning(), budget: .tokens(15), others: .tier(1), schedule: Schedule(), tiers: [.dense(.f32), .dense(.f16)])
+    let traffic = Traffic(Self.geometry.shape(layers: 2), tokens: 40)
+    let cache = try KVCache(shape: traffic.shape, policy: policy, backend: .cpu(threads: 1))
+    try traffic.run(cache, prompt: 30)
+    for token in 30..<40 { try traffic.step(cache, token..<token + 1) }
+    let before = try cache.saved()
+    let error = #expect(throws: KVError.self) { try cache.compress() }
+    #expect(error?.code == .unsupported)
+    #expect(error?.layer == 1)
+    #expect(try cache.saved() == before)
+  }
+
   /// Accumulated attention goes with a row into its tier: per head it sums to queries times the heads of the group.
   @Test func scoresFollowRowsBetweenTiers() throws {
     final class Sums: Scorer, @unchecked Sendable {
