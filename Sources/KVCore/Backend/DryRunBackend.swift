@@ -15,9 +15,16 @@ package final class DryRunBackend: ComputeBackend {
   package func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace? { nil }
   package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? { nil }
   package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {}
-  package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {}
+
+  /// Zeros: a scorer that looks at keys sees equal ones, never what happened to lie in memory.
+  package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
+    for row in 0..<slice.count { (destination + row * stride).update(repeating: 0, count: slice.run.dim) }
+  }
+
   package func copy(from host: UnsafeRawPointer, to device: UnsafeMutableRawPointer, byteCount: Int) {}
-  package func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int) {}
+  package func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int) {
+    host.initializeMemory(as: UInt8.self, repeating: 0, count: byteCount)
+  }
   package func attend(_ plan: AttentionPlan) {}
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {}
 }

@@ -134,6 +134,27 @@ private struct Pyramid: Allocator {
     }
   }
 
+  /// An estimate reads no memory that nobody wrote: a scorer of keys sees zeros, each time.
+  @Test func estimatesAreTheSameEachTime() throws {
+    struct Recording: Scorer {
+      var inputs: RequiredInputs { .none }
+      func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
+        for head in 0..<layer.kvHeads {
+          guard layer.keys(head: head).allSatisfy({ $0 == 0 }), layer.values(head: head).allSatisfy({ $0 == 0 }) else {
+            throw KVError(.nonFinite, "a dry run showed memory nobody wrote", layer: layer.layer, head: head)
+          }
+        }
+      }
+    }
+    let policy = Self.policy(Recording(), budget: .tokens(20))
+    let shape = Self.geometry.shape()
+    // Memory that was used before is not zero by luck.
+    let dirt = (0..<64).map { _ in [Float](repeating: .nan, count: 60 * 40) }
+    #expect(dirt.count == 64)
+    let first = try policy.estimate(shape: shape, prompt: 60)
+    for _ in 0..<20 { #expect(try policy.estimate(shape: shape, prompt: 60) == first) }
+  }
+
   /// A model with a layer that has no cache still takes a table of budgets per head.
   @Test func tablesPassOverUncachedLayers() throws {
     let shape = ModelShape(layers: [Self.geometry.layer(), .uncached, Self.geometry.layer()])
