@@ -3,8 +3,8 @@
 /// ```
 /// let policy = try PolicyRegistry.standard.policy("snapkv(budget=0.25,window=32)+kivi(bits=2)")
 /// ```
-/// Left of the `+` stands what chooses tokens, right of it what stores them; either may be missing. Every option has its
-/// documented name and default.
+/// First stands what chooses tokens, then what modifies that choice, then what stores them: one store, or the tiers a
+/// modifier routes to. Each may be missing. Every option has its documented name and default.
 public struct PolicyRegistry: Sendable {
   public private(set) var methods: [MethodDescription]
 
@@ -38,27 +38,36 @@ public struct PolicyRegistry: Sendable {
     var selection: Selection?
     var stores: [Store] = []
     for stage in spec.stages {
-      switch try part(for: stage) {
+      let part = try part(for: stage)
+      if !stores.isEmpty, part.isStore == false {
+        throw KVError(
+          .invalidOption, "what chooses tokens stands left of what stores them; \(stage.name) stands right",
+          offset: stage.offset)
+      }
+      switch part {
       case .selection(let chosen):
         guard selection == nil else {
           throw KVError(
             .invalidOption, "one method chooses tokens; \(stage.name) would be the second", offset: stage.offset)
         }
-        guard stores.isEmpty else {
-          throw KVError(
-            .invalidOption, "what chooses tokens stands left of what stores them; \(stage.name) stands right",
-            offset: stage.offset)
-        }
         selection = chosen
-      case .store(let store):
-        guard stores.isEmpty else {
-          throw KVError(
-            .invalidOption, "one method stores tokens; \(stage.name) would be the second", offset: stage.offset)
+      case .modifier(let change):
+        do throws(KVError) {
+          selection = try change(selection ?? .everything)
+        } catch {
+          throw error.at(offset: stage.offset)
         }
-        stores.append(store)
+      case .store(let store): stores.append(store)
       }
     }
-    return Policy(selection ?? .everything, store: stores.first ?? .dense(.f16))
+    let chosen = selection ?? .everything
+    guard stores.count <= chosen.router.tierCount else {
+      throw KVError(
+        .invalidOption,
+        "the rows go to \(chosen.router.tierCount) of the \(stores.count) stores; a modifier that routes to more tiers is missing",
+        offset: spec.stages.last?.offset)
+    }
+    return Policy(chosen, tiers: stores.isEmpty ? [.dense(.f16)] : stores)
   }
 
   private func part(for stage: StageSpec) throws(KVError) -> MethodDescription.Part {
@@ -72,5 +81,11 @@ public struct PolicyRegistry: Sendable {
         offset: stage.offset)
     }
     return try method.part(for: stage)
+  }
+}
+
+extension MethodDescription.Part {
+  fileprivate var isStore: Bool {
+    if case .store = self { true } else { false }
   }
 }

@@ -61,8 +61,9 @@ public struct KVError: Error, Hashable, Sendable {
   }
 
   /// The same error with a place filled in where it is still empty.
-  public func at(layer: Int? = nil, head: Int? = nil) -> KVError {
+  public func at(layer: Int? = nil, head: Int? = nil, offset: Int? = nil) -> KVError {
     var copy = self
+    if copy.offset == nil { copy.offset = offset }
     if copy.layer == nil { copy.layer = layer }
     if copy.head == nil { copy.head = head }
     return copy

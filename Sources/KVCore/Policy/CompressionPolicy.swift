@@ -42,12 +42,14 @@ public struct Store: Sendable {
 /// The choosing half of a policy: everything but the representation.
 public struct Selection: Sendable {
   public let spec: StageSpec?
-  public let scorer: (any Scorer)?
-  public let budget: Budget
-  public let allocator: any Allocator
-  public let router: any Router
-  public let schedule: Schedule
-  public let positions: PositionPolicy
+  /// The modifiers applied to it, in order.
+  public private(set) var modifiers: [StageSpec] = []
+  public var scorer: (any Scorer)?
+  public var budget: Budget
+  public var allocator: any Allocator
+  public var router: any Router
+  public var schedule: Schedule
+  public var positions: PositionPolicy
 
   public init(
     spec: StageSpec?, scorer: (any Scorer)?, budget: Budget, allocator: any Allocator = UniformAllocator(),
@@ -60,6 +62,14 @@ public struct Selection: Sendable {
     self.router = router
     self.schedule = schedule
     self.positions = positions
+  }
+
+  /// The same selection with stages replaced by `change`; `modifier` joins its text.
+  public func modified(by modifier: StageSpec, _ change: (inout Selection) -> Void) -> Selection {
+    var result = self
+    change(&result)
+    result.modifiers.append(modifier)
+    return result
   }
 
   /// Every token stays.
@@ -84,7 +94,9 @@ public struct Policy: CompressionPolicy {
     self.tiers = tiers
   }
 
-  public var spec: PolicySpec { PolicySpec(stages: (selection.spec.map { [$0] } ?? []) + tiers.map(\.spec)) }
+  public var spec: PolicySpec {
+    PolicySpec(stages: (selection.spec.map { [$0] } ?? []) + selection.modifiers + tiers.map(\.spec))
+  }
   public var scorer: (any Scorer)? { selection.scorer }
   public var budget: Budget { selection.budget }
   public var allocator: any Allocator { selection.allocator }

@@ -2,15 +2,18 @@
 public struct MethodDescription: Sendable {
   /// Which half of a policy the method is.
   public enum Role: String, Sendable, Hashable {
-    /// Chooses tokens: stands left of the `+`.
+    /// Chooses tokens: stands first.
     case selection
-    /// Stores them: stands right of it.
+    /// Replaces stages of the selection left of it: another allocator, router or schedule, or a scorer around its own.
+    case modifier
+    /// Stores them: stands last. Several stores are the tiers of one policy, in order.
     case store
   }
 
   /// What a method's options make.
   public enum Part: Sendable {
     case selection(Selection)
+    case modifier(@Sendable (Selection) throws(KVError) -> Selection)
     case store(Store)
   }
 

@@ -37,9 +37,15 @@ public struct AllocationRequest: Sendable {
 /// Stage three: where does each row go?
 public protocol Router: Sendable {
   var protection: Protection { get }
+  /// Tiers that rows can be sent to: the stores a policy text must name.
+  var tierCount: Int { get }
   /// Sends every row of `layer` to a tier or drops it; exactly `kept[h]` rows of head h survive. Cannot fail: everything
   /// that could be wrong was decided before.
   func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing)
+}
+
+extension Router {
+  public var tierCount: Int { 1 }
 }
 
 /// Rows that no score can remove.

@@ -12,6 +12,8 @@ public struct TopKRouter: Router {
     self.others = others
   }
 
+  public var tierCount: Int { others == .dropped ? 1 : Int(others.rawValue) + 1 }
+
   public func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) {
     for head in 0..<scores.headCount {
       let count = scores.rowCount(head: head)

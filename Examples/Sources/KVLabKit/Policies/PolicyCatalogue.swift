@@ -23,11 +23,15 @@ package struct PolicyCatalogue: Sendable {
 
   package var text: String {
     var lines = [
-      "A policy is what chooses tokens, a plus, and what stores them; either half may be missing:",
+      "A policy is what chooses tokens, what modifies that choice, and what stores them, joined by +; each may be missing:",
       "  snapkv(budget=0.25,window=32)+kivi(bits=2)", "",
     ]
-    for role in [MethodDescription.Role.selection, .store] {
-      lines.append(role == .selection ? "CHOOSING TOKENS (left of the +)" : "STORING THEM (right of the +)")
+    let titles: [(MethodDescription.Role, String)] = [
+      (.selection, "CHOOSING TOKENS (first)"), (.modifier, "MODIFYING THE CHOICE (behind it)"),
+      (.store, "STORING THEM (last)"),
+    ]
+    for (role, title) in titles where entries.contains(where: { $0.method.role == role }) {
+      lines.append(title)
       for entry in entries where entry.method.role == role { lines += self.lines(entry) + [""] }
     }
     lines.append("f32, f16 and bf16 alone name dense stores of that element type.")
