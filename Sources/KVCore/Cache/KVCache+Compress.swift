@@ -5,7 +5,10 @@ extension KVCache {
   public func finishPrefill() throws(KVError) {
     let waiting = layers.filter { $0.shape.cached && $0.phase == .prefill }
     try compress(waiting, when: policy.schedule.afterPrefill)
-    for state in waiting { try enterDecode(state) }
+    for state in waiting {
+      try enterDecode(state)
+      try join(groupsOf: state)
+    }
   }
 
   /// The same for one layer, as soon as its part of the prompt is attended, so that no more than one layer is ever held
@@ -21,6 +24,7 @@ extension KVCache {
     }
     try compress([state], when: policy.schedule.afterPrefill)
     try enterDecode(state)
+    try join(groupsOf: state)
   }
 
   /// Says that another prompt follows (the next turn): tokens are again kept until ``finishPrefill()``.
@@ -82,6 +86,7 @@ extension KVCache {
         }
       }
       try settle(state)
+      try join(groupsOf: state)
     }
     debugCheck(state)
   }

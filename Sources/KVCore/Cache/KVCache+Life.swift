@@ -2,9 +2,10 @@ extension KVCache {
   /// An independent cache with the same contents. Frozen memory is shared until one side changes it, so a fork costs
   /// little; `KVCache.bytes(of:)` counts what is shared once. O(layers · heads · extents).
   public func fork() -> KVCache {
-    KVCache(
-      restoring: layers.map { LayerState(forking: $0) }, shape: shape, policy: policy, backend: backend,
-      attention: attention, inputs: engineInputs)
+    var storage = ForkedStorage()
+    return KVCache(
+      restoring: layers.map { LayerState(forking: $0, storage: &storage) }, groups: groups, shape: shape,
+      policy: policy, backend: backend, attention: attention, inputs: engineInputs)
   }
 
   /// Forgets everything; the memory is freed.
@@ -75,8 +76,18 @@ extension KVCache {
       let rows = (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }
       return LayerStatus(
         layer: state.layer, tokensSeen: state.seen, rowsHeld: rows, bytes: bytes(layer: state.layer),
-        state: statusState(state), reason: reason(state))
+        state: statusState(state), reason: reason(state) + partners(of: state))
     }
+  }
+
+  private func partners(of state: LayerState) -> String {
+    groups.filter { $0.layers.contains(state.layer) }.map { group in
+      let others = group.layers.filter { $0 != state.layer }.map(String.init).joined(separator: ", ")
+      return others.isEmpty
+        ? ""
+        : state.segments[group.tier] is any JointSegment
+          ? "; held together with layers \(others)" : "; waits for layers \(others)"
+    }.joined()
   }
 
   private func statusState(_ state: LayerState) -> LayerStatus.State {

@@ -70,17 +70,25 @@ extension KVCache {
     try check(policy, shape: shape, inputs: inputs)
 
     let cached = shape.layers.filter(\.cached).count
-    guard container.entries.count == 2 + cached * (1 + policy.tiers.count) else {
+    let groups = try LayerGroup.all(policy, shape: shape)
+    let storages = try storages(of: groups, in: container, shape: shape, header: header, backend: backend)
+    let joined = storages.filter { $0 != nil }.count
+    guard container.entries.count == 2 + cached * (1 + policy.tiers.count) + joined else {
       throw KVError(
         .corruptFile,
-        "expected \(2 + cached * (1 + policy.tiers.count)) sections for \(cached) cached layers of "
-          + "\(policy.tiers.count) tiers; found \(container.entries.count)", offset: 24)
+        "expected \(2 + cached * (1 + policy.tiers.count) + joined) sections for \(cached) cached layers of "
+          + "\(policy.tiers.count) tiers and \(joined) joined groups; found \(container.entries.count)", offset: 24)
     }
     var layers: [LayerState] = []
     for (index, layer) in shape.layers.enumerated() {
       let state = LayerState(layer: index, shape: layer, segments: [])
       do throws(KVError) {
-        if layer.cached { try state.decode(container, policy: policy, backend: backend.operations) }
+        if layer.cached {
+          try state.decode(container, policy: policy, backend: backend.operations) { tier in
+            zip(groups, storages).first { $0.0.tier == tier && $0.0.layers.contains(index) }
+              .flatMap { group, storage in storage.map { (group.factory, $0, shape) } }
+          }
+        }
       } catch {
         throw error.at(layer: index)
       }
@@ -91,9 +99,35 @@ extension KVCache {
       throw KVError(.corruptFile, "expected \(header.tokensSeen) tokens seen; the layers saw \(seen)")
     }
     let cache = KVCache(
-      restoring: layers, shape: shape, policy: policy, backend: backend, attention: header.attention,
+      restoring: layers, groups: groups, shape: shape, policy: policy, backend: backend, attention: header.attention,
       inputs: inputs)
     for state in layers { cache.debugCheck(state) }
     return cache
+  }
+
+  /// What groups of layers held together when the cache was saved; nil for a group that was not joined yet.
+  private static func storages(
+    of groups: [LayerGroup], in container: ContainerReader, shape: ModelShape, header: SavedCache.Header,
+    backend: Backend
+  ) throws(KVError) -> [(any JointStorage)?] {
+    var result: [(any JointStorage)?] = []
+    for group in groups {
+      let index = SavedCache.segmentIndex(layer: group.layers[0], tier: group.tier)
+      guard container.entry(SavedCache.joint, index: index) != nil else {
+        result.append(nil)
+        continue
+      }
+      var reader = try container.section(SavedCache.joint, index: index)
+      do throws(KVError) {
+        result.append(
+          try group.factory.decodeStorage(
+            from: &reader, layers: group.layers, shape: shape, tokensSeen: header.tokensSeen,
+            backend: backend.operations))
+        try reader.finish()
+      } catch {
+        throw error.at(layer: group.layers[0])
+      }
+    }
+    return result
   }
 }

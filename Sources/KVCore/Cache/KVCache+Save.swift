@@ -30,6 +30,14 @@ extension KVCache {
       state.encode(to: &section)
       writer.add(SavedCache.layer, index: state.layer, section)
       for (tier, segment) in state.segments.enumerated() {
+        if let joint = segment as? any JointSegment,
+          let group = groups.first(where: { $0.tier == tier && $0.layers.first == state.layer })
+        {
+          section = ByteWriter()
+          joint.storage.encode(to: &section)
+          writer.add(
+            SavedCache.joint, index: SavedCache.segmentIndex(layer: group.layers[0], tier: tier), section)
+        }
         section = ByteWriter()
         segment.encode(to: &section)
         writer.add(SavedCache.segment, index: SavedCache.segmentIndex(layer: state.layer, tier: tier), section)
@@ -42,7 +50,7 @@ extension KVCache {
   private func checkSavable() throws(KVError) {
     let cached = layers.filter(\.shape.cached).count
     guard layers.count <= SavedCache.maximumLayers,
-      2 + cached * (1 + policy.tiers.count) <= Container.maximumSections
+      2 + cached * (1 + policy.tiers.count) + groups.count <= Container.maximumSections
     else {
       throw KVError(
         .unsupported,

@@ -27,6 +27,8 @@ public final class KVCache {
   public let attention: AttentionOptions
 
   package var layers: [LayerState]
+  /// Layers that a tier holds together.
+  package let groups: [LayerGroup]
   package let plan = AttentionPlan()
 
   /// An empty cache.
@@ -43,6 +45,7 @@ public final class KVCache {
     try shape.validate()
     try attention.validate()
     try KVCache.check(policy, shape: shape, inputs: inputs)
+    groups = try LayerGroup.all(policy, shape: shape)
     self.shape = shape
     self.policy = policy
     self.backend = backend
@@ -57,10 +60,11 @@ public final class KVCache {
   }
 
   package init(
-    restoring layers: [LayerState], shape: ModelShape, policy: any CompressionPolicy, backend: Backend,
-    attention: AttentionOptions, inputs: EngineInputs
+    restoring layers: [LayerState], groups: [LayerGroup], shape: ModelShape, policy: any CompressionPolicy,
+    backend: Backend, attention: AttentionOptions, inputs: EngineInputs
   ) {
     self.layers = layers
+    self.groups = groups
     self.shape = shape
     self.policy = policy
     self.backend = backend

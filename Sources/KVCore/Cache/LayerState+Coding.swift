@@ -12,9 +12,10 @@ extension LayerState {
     queryWindow?.encode(to: &writer)
   }
 
-  /// Fills an empty state from its sections.
+  /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
   func decode(
-    _ container: ContainerReader, policy: any CompressionPolicy, backend: any ComputeBackend
+    _ container: ContainerReader, policy: any CompressionPolicy, backend: any ComputeBackend,
+    joint: (Int) -> (factory: any JointFactory, storage: any JointStorage, shape: ModelShape)?
   ) throws(KVError) {
     var reader = try container.section(SavedCache.layer, index: layer)
     seen = try reader.count("the tokens seen", in: 0...SavedCache.maximumTokens)
@@ -40,8 +41,14 @@ extension LayerState {
     for (tier, store) in policy.tiers.enumerated() {
       var reader = try container.section(
         SavedCache.segment, index: SavedCache.segmentIndex(layer: layer, tier: tier))
-      segments.append(
-        try store.factory.decodeSegment(from: &reader, layer: shape, tokensSeen: seen, backend: backend))
+      if let joint = joint(tier) {
+        segments.append(
+          try joint.factory.decodeSegment(
+            from: &reader, on: joint.storage, layer: layer, shape: joint.shape, tokensSeen: seen, backend: backend))
+      } else {
+        segments.append(
+          try store.factory.decodeSegment(from: &reader, layer: shape, tokensSeen: seen, backend: backend))
+      }
       try reader.finish()
     }
     try checkDisjoint()

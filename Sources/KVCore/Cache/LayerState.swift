@@ -28,12 +28,12 @@ package final class LayerState {
     self.segments = segments
   }
 
-  init(forking other: LayerState) {
+  init(forking other: LayerState, storage: inout ForkedStorage) {
     layer = other.layer
     shape = other.shape
     seen = other.seen
     phase = other.phase
-    segments = other.segments.map { $0.fork() }
+    segments = other.segments.map { storage.fork($0) }
     queryWindow = other.queryWindow
     observedTokens = other.observedTokens
     observedQueries = other.observedQueries

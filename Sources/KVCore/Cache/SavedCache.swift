@@ -15,6 +15,7 @@
 ///                         phase u8 · outcome u8 and its numbers
 ///                         maybe query window: capacity count · captured count
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first
+/// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
 /// SEGM layer * 64 + tier  what the tier's representation writes. Row segments: heads count · per head:
 ///   head                  slots count · dead slots count
 ///                         positions: explicit flag · 0: first count · 1: capacity count, i32 x slots
@@ -41,6 +42,7 @@ package enum SavedCache {
   package static let shape = Container.Tag("SHAP")
   package static let layer = Container.Tag("LAYR")
   package static let segment = Container.Tag("SEGM")
+  package static let joint = Container.Tag("JOIN")
 
   static func segmentIndex(layer: Int, tier: Int) -> Int { layer * 64 + tier }
 
