@@ -109,12 +109,14 @@ struct RowAttention {
 
     for token in 0..<queries.tokens {
       let own = rows(work, queries, token: token).clamped(to: visible)
-      for member in 0..<queries.group {
-        let row = token * queries.group + member
-        let line = target + row * stride
-        softmax(
-          line, own: own, visible: visible, blockStart: block.lowerBound, work: work, row: row, partial: partial,
-          kept: kept.map { $0.maxima + (keptOffset + block.lowerBound) / blockRows * m })
+      let maxima = kept.map { $0.maxima + (keptOffset + block.lowerBound) / blockRows * m }
+      withBias(of: work, own, queries, token: token) { bias in
+        for member in 0..<queries.group {
+          let row = token * queries.group + member
+          softmax(
+            target + row * stride, own: own, visible: visible, blockStart: block.lowerBound, bias: bias, row: row,
+            partial: partial, kept: maxima)
+        }
       }
     }
     if valueDim > 0 {
@@ -124,8 +126,8 @@ struct RowAttention {
 
   /// Turns one line of logits into weights relative to the running maximum of its query row, and merges.
   private func softmax(
-    _ line: UnsafeMutablePointer<Float>, own: Range<Int>, visible: Range<Int>, blockStart: Int, work: RowsWork,
-    row: Int, partial: PartialBlock, kept: UnsafeMutablePointer<Float>?
+    _ line: UnsafeMutablePointer<Float>, own: Range<Int>, visible: Range<Int>, blockStart: Int,
+    bias: UnsafePointer<Float>?, row: Int, partial: PartialBlock, kept: UnsafeMutablePointer<Float>?
   ) {
     let first = visible.lowerBound - blockStart
     if own.isEmpty {
@@ -140,7 +142,7 @@ struct RowAttention {
 
     var sum: Float = 0
     let top = kernels.pointee.softmax!(
-      line + begin, UInt32(own.count), softcap, work.bias.map { $0 + own.lowerBound }, &sum)
+      line + begin, UInt32(own.count), softcap, bias, &sum)
     if sum == 0 { return }
     let accumulator = partial.accumulators + row * valueDim
     if top > partial.maxima[row] {
@@ -161,13 +163,39 @@ struct RowAttention {
 
   // MARK: Rows a query sees
 
-  /// Rows of `work` that the query of a token sees: at or before its position, inside the sliding window.
+  /// Rows of `work` that the query of a token sees: at or before its position, inside the sliding window. Rows in no
+  /// order are all among them; `withBias` takes back those that are not seen.
   private func rows(_ work: RowsWork, _ queries: QueryBlock, token: Int) -> Range<Int> {
     if queries.firstPosition == Int.max { return 0..<work.count }
     let position = queries.firstPosition + token
     let end = work.lowerBound(position + 1)
-    if slidingWindow == 0 { return 0..<end }
+    if slidingWindow == 0 || work.sortedFrom > 0 { return 0..<end }
     return min(work.lowerBound(position - slidingWindow + 1), end)..<end
+  }
+
+  /// Calls `body` with the log biases of the rows `own`, minus infinity for those in no order that the query of a token
+  /// does not see. There are none of these while decoding: what moved between tiers is older than the query.
+  private func withBias(
+    of work: RowsWork, _ own: Range<Int>, _ queries: QueryBlock, token: Int, _ body: (UnsafePointer<Float>?) -> Void
+  ) {
+    let stored = work.bias.map { $0 + own.lowerBound }
+    let position = queries.firstPosition == Int.max ? Int.max : queries.firstPosition + token
+    let unsorted = own.clamped(to: 0..<work.sortedFrom)
+    if position == Int.max || slidingWindow == 0 && (unsorted.isEmpty || position >= work.highest)
+      || work.sortedFrom == 0
+    {
+      body(stored)
+      return
+    }
+    withUnsafeTemporaryAllocation(of: Float.self, capacity: own.count) { bias in
+      guard let base = bias.baseAddress else { return }
+      for (index, row) in own.enumerated() {
+        let other = work.position(row)
+        let seen = other <= position && (slidingWindow == 0 || other > position - slidingWindow)
+        base[index] = seen ? stored?[index] ?? 0 : -.infinity
+      }
+      body(base)
+    }
   }
 
   /// Rows of the block that any query sees.
@@ -230,11 +258,13 @@ struct AttentionPlanView {
 }
 
 extension RowsWork {
-  /// First row whose position is at least `position`.
+  /// First row whose position is at least `position`, of those in order.
+  func position(_ row: Int) -> Int { positions.map { Int($0[row]) } ?? firstPosition + row }
+
   func lowerBound(_ position: Int) -> Int {
     guard let positions else { return min(max(position - firstPosition, 0), count) }
-    if count > 0, Int(positions[count - 1]) < position { return count }
-    var low = 0
+    if count > sortedFrom, Int(positions[count - 1]) < position { return count }
+    var low = sortedFrom
     var high = count
     while low < high {
       let middle = (low + high) / 2

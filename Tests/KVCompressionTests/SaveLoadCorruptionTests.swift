@@ -56,7 +56,7 @@ import Testing
   @Test(
     arguments: [
       (0, [2], "all 1 KV heads"), (8, [4], "slots"), (16, [1], "dead slots"), (24, [1], "room for"),
-      (24, [2], "0 or 1"),
+      (24, [2], "room for"), (24, [3], "consecutive"),
       (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "room for attention sums"),
       (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
       (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),

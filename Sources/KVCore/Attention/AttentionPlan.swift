@@ -79,7 +79,7 @@ package struct RowsWork {
   /// Ranges of `plan.slices`.
   package var keys: Range<Int>
   package var values: Range<Int>
-  /// Positions of the rows, ascending; nil means `firstPosition + i`.
+  /// Positions of the rows; nil means `firstPosition + i`.
   package var positions: UnsafePointer<Int32>?
   package var firstPosition: Int
   /// Log bias per row; minus infinity hides a row.
@@ -88,6 +88,10 @@ package struct RowsWork {
   package var score: UnsafeMutablePointer<Float>?
   /// Positions by which these rows count as later than they are stored. The backend turns the query back by as much.
   package var shift: Int
+  /// From this row on, positions are larger than all before; 0: positions ascend.
+  package var sortedFrom = 0
+  /// No row before `sortedFrom` is later.
+  package var highest = -1
 }
 
 /// Column sums over the last queries of a prompt (SnapKV and its kin).

@@ -184,10 +184,16 @@ extension KVCache {
     let shape = state.shape
     let start = plan.rows.count
     let scored = options.commits && tracksScores(state)
+    // Which positions are missing behind a row is a matter of all tiers together.
+    let missing = policy.positions == .slot && state.segments.count > 1 ? missingBehind(state) : nil
     for head in 0..<shape.kvHeads {
-      for segment in state.segments {
+      for (index, segment) in state.segments.enumerated() {
         let first = plan.rows.count
-        describe(segment, head: head, seen: state.seen, in: plan)
+        if let missing {
+          describe(segment, head: head, missing: missing[head][index], in: plan)
+        } else {
+          describe(segment, head: head, seen: state.seen, in: plan)
+        }
         if !scored { for index in first..<plan.rows.count { plan.rows[index].score = nil } }
       }
     }
@@ -200,6 +206,36 @@ extension KVCache {
         valueDim: shape.valueDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
         softcap: options.softcap ?? 0, firstPosition: options.causal ? state.seen - queries.tokens : Int.max,
         slidingWindow: shape.slidingWindow ?? 0, rotary: self.shape.rotary, work: start..<plan.rows.count))
+  }
+
+  /// Positions that no tier holds behind each slot, [head][tier][slot]; -1 for dead slots.
+  private func missingBehind(_ state: LayerState) -> [[[Int]]] {
+    let view = LayerView(state, options: attention, backend: backend.operations)
+    return (0..<view.kvHeads).map { head in
+      var missing = state.segments.map { [Int](repeating: -1, count: $0.slotCount(head: head)) }
+      let rows = view.rowCount(head: head)
+      for row in 0..<rows {
+        let place = view.reference(head: head, row: row)
+        let later = state.seen - 1 - view.position(head: head, row: row)
+        missing[Int(place.segment)][Int(place.slot)] = later - (rows - 1 - row)
+      }
+      return missing
+    }
+  }
+
+  /// Slots of a head of one of several tiers, in pieces that count as equally much later.
+  private func describe(_ segment: any Segment, head: Int, missing: [Int], in plan: AttentionPlan) {
+    var begin = 0
+    while begin < missing.count {
+      if missing[begin] < 0 {
+        begin += 1
+        continue
+      }
+      var end = begin + 1
+      while end < missing.count, missing[end] == missing[begin] { end += 1 }
+      segment.describe(head: head, range: begin..<end, shift: missing[begin], in: plan)
+      begin = end
+    }
   }
 
   /// All slots of a head of a segment: at once, or one piece per run of consecutive positions when distances are

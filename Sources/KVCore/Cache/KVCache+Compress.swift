@@ -107,8 +107,11 @@ extension KVCache {
       for head in 0..<segment.kvHeads {
         var gone: [Int] = []
         for slot in 0..<segment.slotCount(head: head) {
-          if segment.position(head: head, slot: slot) >= position { break }
-          if segment.isLive(head: head, slot: slot) { gone.append(slot) }
+          if segment.position(head: head, slot: slot) >= position {
+            if slot >= segment.sortedFrom(head: head) { break }
+          } else if segment.isLive(head: head, slot: slot) {
+            gone.append(slot)
+          }
         }
         any = any || !gone.isEmpty
         slots.append(gone)
@@ -182,7 +185,7 @@ extension KVCache {
         var outcomes = Routing()
         outcomes.reset(like: requests[index].scores)
         policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
-        try checkOrder(of: outcomes, in: views[index])
+        checkTiers(of: outcomes, in: views[index])
         routing = outcomes
       }
       plans.append(LayerPlan(state: state, rows: rows, routing: routing, view: keepingViews ? views[index] : nil))
@@ -293,16 +296,12 @@ extension KVCache {
       }
     }
     do throws(KVError) {
-      let tracked = tracksScores(state)
-      for from in state.segments.indices {
-        for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
-          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to], tracksScores: tracked)
-        }
-      }
-      for (segment, slots) in zip(state.segments, dropped) where slots.contains(where: { !$0.isEmpty }) {
-        try segment.drop(slots)
-        try segment.reclaim(eager: eager)
-      }
+      let leaving = state.segments.indices.filter { dropped[$0].contains { !$0.isEmpty } }
+      for index in leaving { try state.segments[index].prepareDrop(dropped[index]) }
+      try move(moves, in: state)
+      // Only memory that is given back could fail from here on, and then it stays.
+      for index in leaving { try state.segments[index].drop(dropped[index]) }
+      for index in leaving { try state.segments[index].reclaim(eager: eager) }
     } catch {
       throw error.at(layer: state.layer)
     }
@@ -311,35 +310,28 @@ extension KVCache {
     state.outcome = .compressed(before: before, after: after, at: state.seen)
   }
 
-  /// Tiers hold rows in position order and take new ones at the end, those of one tier after those of another: a router
-  /// may not send a row behind a later one.
-  private func checkOrder(of routing: Routing, in view: LayerView) throws(KVError) {
-    let tiers = view.segments.count
-    if tiers == 1 { return }
-    for head in 0..<view.kvHeads {
-      // First and last position that goes from one tier to another: [to * tiers + from].
-      var moved = [ClosedRange<Int>?](repeating: nil, count: tiers * tiers)
-      routing.forEach(head: head, notIn: nil) { row, outcome in
-        let from = Int(view.reference(head: head, row: row).segment)
-        let to = Int(outcome.rawValue)
-        if outcome == .dropped || to == from { return }
-        outcome.precondition(tiers: tiers)
-        let position = view.position(head: head, row: row)
-        moved[to * tiers + from] = (moved[to * tiers + from]?.lowerBound ?? position)...position
-      }
-      for to in 0..<tiers {
-        let held = view.segments[to].slotCount(head: head)
-        var last = held == 0 ? -1 : view.segments[to].position(head: head, slot: held - 1)
-        for positions in moved[to * tiers..<(to + 1) * tiers] {
-          guard let positions else { continue }
-          guard positions.lowerBound > last else {
-            throw KVError(
-              .unsupported,
-              "tier \(to) holds rows up to position \(last) and takes only later ones; the router sent position "
-                + "\(positions.lowerBound)", layer: view.layer, head: head)
-          }
-          last = positions.upperBound
+  /// Copies rows into other tiers, `moves[from][to][head]`: all of them, or none when memory runs out.
+  private func move(_ moves: [[[[Int]]]], in state: LayerState) throws(KVError) {
+    let tracked = tracksScores(state)
+    var done: [(tier: Int, counts: [Int])] = []
+    do throws(KVError) {
+      for from in state.segments.indices {
+        for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
+          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to], tracksScores: tracked)
+          done.append((to, moves[from][to].map(\.count)))
         }
+      }
+    } catch {
+      for (tier, counts) in done.reversed() { state.segments[tier].retract(counts) }
+      throw error
+    }
+  }
+
+  /// Before any layer changes.
+  private func checkTiers(of routing: Routing, in view: LayerView) {
+    for head in 0..<view.kvHeads {
+      routing.forEach(head: head, notIn: .tier(0)) { _, outcome in
+        if outcome != .dropped { outcome.precondition(tiers: view.segments.count) }
       }
     }
   }

@@ -32,21 +32,17 @@ extension KVCache {
     }
     guard tracksScores(state) else { return }
     for segment in state.segments { try segment.prepareScores() }
+    let view = LayerView(state, options: attention, backend: backend.operations)
     for head in weights.indices {
-      let view = rowReferences(state, head: head)
-      for (index, segment) in state.segments.enumerated() {
-        let own = view.indices.filter { view[$0] == index }.map { weights[head][$0] }
-        try segment.addScores(head: head, own)
+      var added: [[(slot: Int, weight: Float)]] = Array(repeating: [], count: state.segments.count)
+      for (row, weight) in weights[head].enumerated() {
+        let place = view.reference(head: head, row: row)
+        added[Int(place.segment)].append((Int(place.slot), weight))
       }
+      for (segment, own) in zip(state.segments, added) { segment.addScores(head: head, own) }
     }
     state.observedTokens = state.seen
     state.frozenBelow = state.seen
-  }
-
-  /// Segment of every live row of a head in position order.
-  private func rowReferences(_ state: LayerState, head: Int) -> [Int] {
-    let view = LayerView(state, options: attention, backend: backend.operations)
-    return (0..<view.rowCount(head: head)).map { Int(view.reference(head: head, row: $0).segment) }
   }
 
   /// Lets the policy act on what was appended, for engines with attention of their own: call it after their attention

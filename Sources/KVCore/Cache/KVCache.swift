@@ -79,6 +79,11 @@ public final class KVCache {
     guard (1...64).contains(policy.tiers.count) else {
       throw KVError(.invalidOption, "a policy has 1 to 64 tiers; got \(policy.tiers.count)")
     }
+    guard policy.router.tierCount <= policy.tiers.count else {
+      throw KVError(
+        .invalidOption,
+        "\(policy.spec) sends rows to \(policy.router.tierCount) tiers; it has \(policy.tiers.count) stores")
+    }
     if let interval = policy.schedule.decodeInterval, interval < 1 {
       throw KVError(.invalidOption, "a policy chooses after every 1 or more decoded tokens, or nil; got \(interval)")
     }

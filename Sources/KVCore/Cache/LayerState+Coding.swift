@@ -56,8 +56,8 @@ extension LayerState {
 
   /// A row that moved between tiers is dead in one of them; alive in two it would count twice.
   private func checkDisjoint() throws(KVError) {
-    if segments.count < 2 { return }
     for head in 0..<shape.kvHeads {
+      if segments.count == 1, segments[0].sortedFrom(head: head) == 0 { continue }
       var positions: [Int] = []
       for segment in segments {
         for slot in 0..<segment.slotCount(head: head) where segment.isLive(head: head, slot: slot) {
@@ -67,7 +67,7 @@ extension LayerState {
       positions.sort()
       for (earlier, later) in zip(positions, positions.dropFirst()) where earlier == later {
         throw KVError(
-          .corruptFile, "expected a token in one tier; found it alive in two", head: head, position: later)
+          .corruptFile, "expected a token once; found it alive twice", head: head, position: later)
       }
     }
   }

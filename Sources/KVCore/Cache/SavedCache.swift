@@ -18,7 +18,8 @@
 /// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
 /// SEGM layer * 64 + tier  what the tier's representation writes. Row segments: heads count · per head:
 ///   head                  slots count · dead slots count
-///                         positions: explicit flag · 0: first count · 1: capacity count, i32 x slots
+///                         positions: u8 · 0: first count · 1: capacity count, i32 x slots, ascending
+///                         · 2: the same, in the order in which tiers sent the rows
 ///                         log biases: maybe capacity count, f32 x slots
 ///                         accumulated attention: maybe capacity count, f32 x slots
 ///                         keys · values

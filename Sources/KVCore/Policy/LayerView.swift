@@ -14,9 +14,14 @@ public final class LayerView {
   private let backend: any ComputeBackend
 
   /// Which slot of which segment a live row is.
-  package struct RowReference {
+  package struct RowReference: BitwiseCopyable {
     package var segment: Int32
     package var slot: Int32
+
+    package init(segment: Int32, slot: Int32) {
+      self.segment = segment
+      self.slot = slot
+    }
   }
 
   /// Live slots of all heads, and the segment of each where there are several.
@@ -33,29 +38,37 @@ public final class LayerView {
     queryWindow = state.queryWindow
     self.options = options
     self.backend = backend
-    for head in 0..<shape.kvHeads { collect(head) }
+    if segments.count == 1, (0..<shape.kvHeads).allSatisfy({ segments[0].sortedFrom(head: $0) == 0 }) {
+      for head in 0..<shape.kvHeads {
+        segments[0].appendLiveSlots(head: head, to: &slots)
+        starts.append(slots.count)
+      }
+    } else {
+      collectByPosition()
+    }
   }
 
-  private func collect(_ head: Int) {
-    if segments.count == 1 {
-      segments[0].appendLiveSlots(head: head, to: &slots)
-    } else {
-      var merged: [(position: Int, place: RowReference)] = []
-      for (index, segment) in segments.enumerated() {
-        var own: ContiguousArray<Int32> = []
-        segment.appendLiveSlots(head: head, to: &own)
-        for slot in own {
-          merged.append(
-            (segment.position(head: head, slot: Int(slot)), RowReference(segment: Int32(index), slot: slot)))
+  /// Several tiers, each in the order its rows arrived: every row is entered at its position, and the entries are read in
+  /// order. O(tokens seen) a head, without a sort.
+  private func collectByPosition() {
+    let rows = (0..<shape.kvHeads).reduce(0) { total, head in
+      segments.reduce(total) { $0 + $1.liveCount(head: head) }
+    }
+    slots.reserveCapacity(rows)
+    owners.reserveCapacity(rows)
+    withUnsafeTemporaryAllocation(of: RowReference.self, capacity: max(tokensSeen, 1)) { table in
+      for head in 0..<shape.kvHeads {
+        table.update(repeating: RowReference(segment: -1, slot: 0))
+        for (index, segment) in segments.enumerated() {
+          segment.enterLiveSlots(head: head, as: Int32(index), in: table)
         }
-      }
-      merged.sort { $0.position < $1.position }
-      for entry in merged {
-        slots.append(entry.place.slot)
-        owners.append(entry.place.segment)
+        for place in table where place.segment >= 0 {
+          slots.append(place.slot)
+          owners.append(place.segment)
+        }
+        starts.append(slots.count)
       }
     }
-    starts.append(slots.count)
   }
 
   package func reference(head: Int, row: Int) -> RowReference {
@@ -75,6 +88,9 @@ public final class LayerView {
     return segments[Int(place.segment)].position(head: head, slot: Int(place.slot))
   }
 
+  /// The tier that holds a row. Tokens arrive in tier 0. O(1).
+  public func tier(head: Int, row: Int) -> Int { Int(reference(head: head, row: row).segment) }
+
   /// Attention the row has received so far, summed over the queries seen and the query heads of the group.
   /// Needs ``RequiredInputs/attentionWeights``.
   public func accumulatedAttention(head: Int, row: Int) -> Float {
@@ -85,15 +101,19 @@ public final class LayerView {
   /// The same for all rows of all heads at once. O(rows).
   public func accumulatedAttention(into scores: inout ScoreTable) {
     for head in 0..<kvHeads {
-      guard segments.count == 1 else {
-        for row in 0..<rowCount(head: head) {
-          scores[head, row] = accumulatedAttention(head: head, row: row)
-        }
-        continue
-      }
-      let start = scores.range(head: head).lowerBound
+      let range = scores.range(head: head)
+      let own = segments.map { $0.scores(head: head) }
       scores.values.withUnsafeMutableBufferPointer { buffer in
-        if let base = buffer.baseAddress { segments[0].copyScores(head: head, into: base + start) }
+        guard let base = buffer.baseAddress else { return }
+        if owners.isEmpty {
+          segments[0].copyScores(head: head, into: base + range.lowerBound)
+          return
+        }
+        let first = starts[head]
+        for row in 0..<range.count {
+          let column = own[Int(owners[first + row])]
+          base[range.lowerBound + row] = column.map { $0[Int(slots[first + row])] } ?? 0
+        }
       }
     }
   }

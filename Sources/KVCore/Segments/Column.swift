@@ -73,10 +73,21 @@ package struct Column<Element: BitwiseCopyable> {
   }
 }
 
-/// Positions of the slots of one head, ascending. A head that never lost a token stores only its first position.
+/// Positions of the slots of one head, in the order the rows arrived. A head that never lost a token stores only its
+/// first position.
+///
+/// Tokens arrive in order; rows that another tier sends later may be older than what is here. From slot `sortedFrom` on,
+/// every position is larger than all before it, and those before are at most `highest`: what needs an order looks at the
+/// slots behind and treats the others one by one.
 package struct PositionColumn {
   package private(set) var first: Int
   package private(set) var count = 0
+  /// 0 while positions ascend.
+  package private(set) var sortedFrom = 0
+  /// The largest position before `sortedFrom`; -1 while positions ascend.
+  package private(set) var highest = -1
+  /// The largest of all; -1 without slots.
+  package private(set) var maximum = -1
   /// Nil while positions are `first ..< first + count`.
   package private(set) var explicit: Column<Int32>?
 
@@ -88,7 +99,7 @@ package struct PositionColumn {
     return first + index
   }
 
-  package var last: Int? { count == 0 ? nil : self[count - 1] }
+  package var isAscending: Bool { sortedFrom == 0 }
 
   package mutating func reserve(next: Int, adding: Int, backend: any ComputeBackend) throws(KVError) {
     if explicit == nil, count == 0 || first + count == next { return }
@@ -102,8 +113,11 @@ package struct PositionColumn {
     }
   }
 
-  /// Appends `next ..< next + added` into reserved room.
+  /// Appends `next ..< next + added`, later than all before, into reserved room.
   package mutating func append(next: Int, adding: Int) {
+    if adding == 0 { return }
+    precondition(next > maximum, "positions from \(next) behind \(maximum)")
+    maximum = next + adding - 1
     if explicit != nil {
       for i in 0..<adding { explicit!.append(Int32(next + i)) }
     } else if count == 0 {
@@ -112,31 +126,70 @@ package struct PositionColumn {
     count += adding
   }
 
-  /// Appends ascending positions behind the last.
-  package mutating func append(_ added: [Int], backend: any ComputeBackend) throws(KVError) {
+  /// Room for the positions of rows from another tier, so that `append(_:)` cannot fail.
+  package mutating func reserve(_ added: [Int], backend: any ComputeBackend) throws(KVError) {
     guard let head = added.first else { return }
-    let consecutive = added[added.count - 1] - head + 1 == added.count
-    if explicit == nil, consecutive, count == 0 || first + count == head {
-      append(next: head, adding: added.count)
+    if explicit != nil {
+      try explicit!.reserve(added.count, backend: backend)
       return
     }
-    var column = explicit ?? Column<Int32>()
-    if explicit == nil {
-      try column.reserve(count + added.count, backend: backend)
-      for i in 0..<count { column.append(Int32(first + i)) }
-    } else {
-      explicit = nil  // so that the column is not shared while it grows
-      try column.reserve(added.count, backend: backend)
-    }
-    for position in added { column.append(Int32(position)) }
-    if count == 0 { first = head }
+    var consecutive = count == 0 || first + count == head
+    for i in added.indices where consecutive { consecutive = added[i] == head + i }
+    if consecutive { return }
+    var column = Column<Int32>()
+    try column.reserve(count + added.count, backend: backend)
+    for i in 0..<count { column.append(Int32(first + i)) }
     explicit = column
-    count += added.count
   }
 
+  /// Appends positions in any order into reserved room.
+  package mutating func append(_ added: [Int]) {
+    for position in added {
+      if explicit != nil { explicit!.append(Int32(position)) }
+      if count == 0 { first = position }
+      note(position)
+      count += 1
+    }
+  }
+
+  /// What the position of slot `count` means for the order.
+  private mutating func note(_ position: Int) {
+    if position <= maximum {
+      sortedFrom = count + 1
+      highest = maximum
+    } else {
+      maximum = position
+    }
+  }
+
+  /// O(1) for slots that arrived in order, else O(slots).
   package mutating func removeLast(_ removed: Int) {
+    let kept = count - removed
     explicit?.removeLast(removed)
-    count -= removed
+    if kept >= sortedFrom {
+      count = kept
+      maximum = kept == sortedFrom ? highest : self[kept - 1]
+    } else {
+      sortOut(kept)
+    }
+  }
+
+  /// Finds out how far the first `slots` slots are in order, which become all there are.
+  private mutating func sortOut(_ slots: Int) {
+    (sortedFrom, highest, maximum) = (0, -1, -1)
+    count = 0
+    guard let explicit else {
+      maximum = slots == 0 ? -1 : first + slots - 1
+      count = slots
+      return
+    }
+    explicit.withSpan { positions in
+      for position in positions.prefix(slots) {
+        note(Int(position))
+        count += 1
+      }
+    }
+    if slots > 0 { first = Int(explicit[0]) }
   }
 
   /// The positions of the slots `kept`: again implicit when they are consecutive.
@@ -154,14 +207,14 @@ package struct PositionColumn {
       for slot in kept { column.append(Int32(self[slot])) }
       result.explicit = column
     }
-    result.count = kept.count
+    result.sortOut(kept.count)
     return result
   }
 
-  /// First slot whose position is at least `position`. O(log count).
+  /// First slot from `sortedFrom` on whose position is at least `position`. O(log count).
   package func lowerBound(_ position: Int) -> Int {
     if explicit == nil { return Swift.min(Swift.max(position - first, 0), count) }
-    var low = 0
+    var low = sortedFrom
     var high = count
     while low < high {
       let middle = (low + high) / 2
@@ -173,6 +226,6 @@ package struct PositionColumn {
   package init(restoring explicit: Column<Int32>?, first: Int, count: Int) {
     self.explicit = explicit
     self.first = first
-    self.count = count
+    sortOut(count)
   }
 }

@@ -1,4 +1,4 @@
-/// One KV head of a row segment: its slots, in position order.
+/// One KV head of a row segment: its slots, in the order their rows arrived.
 ///
 /// ```
 /// slot        0   1   2   …
@@ -51,9 +51,18 @@ package struct HeadRows {
     return column
   }
 
-  /// Marks slots dead. Everything that can fail happens before the first slot changes.
-  package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
-    if dropped.isEmpty { return }
+  /// Cuts off the newest slots, which must be in the dense tails.
+  package mutating func removeLast(_ count: Int) {
+    for slot in slots - count..<slots where !isLive(slot) { dead -= 1 }
+    keys.removeLast(count)
+    values.removeLast(count)
+    positions.removeLast(count)
+    bias?.removeLast(count)
+    score?.removeLast(count)
+  }
+
+  /// Memory in which slots can be marked dead.
+  package mutating func prepareDrop(backend: any ComputeBackend) throws(KVError) {
     if bias == nil {
       var column = Column<Float>()
       try column.reserve(slots, backend: backend)
@@ -62,6 +71,12 @@ package struct HeadRows {
     } else {
       try bias!.makeUnique(backend: backend)
     }
+  }
+
+  /// Marks slots dead. Everything that can fail happens before the first slot changes.
+  package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
+    if dropped.isEmpty { return }
+    try prepareDrop(backend: backend)
     for slot in dropped where bias![slot] != -.infinity {
       bias!.set(slot, -.infinity)
       dead += 1
@@ -108,6 +123,22 @@ package struct HeadRows {
     }
   }
 
+  private func checkOrder() {
+    var (sortedFrom, highest, maximum) = (0, -1, -1)
+    for slot in 0..<slots {
+      let position = positions[slot]
+      if position <= maximum { (sortedFrom, highest) = (slot + 1, maximum) }
+      maximum = max(maximum, position)
+    }
+    precondition(
+      sortedFrom == positions.sortedFrom && highest == positions.highest && maximum == positions.maximum,
+      "in order from slot \(sortedFrom) on, behind position \(highest); noted are \(positions.sortedFrom) and "
+        + "\(positions.highest)")
+    if positions.isAscending { return }
+    let alive = (0..<slots).filter { isLive($0) }.map { positions[$0] }
+    precondition(Set(alive).count == alive.count, "a live row per position")
+  }
+
   package func tally(into tally: inout ByteTally) {
     keys.tally(into: &tally)
     values.tally(into: &tally)
@@ -118,7 +149,7 @@ package struct HeadRows {
 
   package func checkInvariants() {
     precondition(keys.rows == slots && values.rows == slots, "keys \(keys.rows), values \(values.rows), slots \(slots)")
-    precondition((1..<max(slots, 1)).allSatisfy { positions[$0 - 1] < positions[$0] }, "positions increase")
+    checkOrder()
     let counted = (0..<slots).reduce(0) { $0 + (isLive($1) ? 0 : 1) }
     precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
     precondition(bias.map { $0.count == slots } ?? true, "one bias per slot")

@@ -96,7 +96,7 @@ extension Column where Element: StoredNumber {
 
 extension PositionColumn {
   fileprivate func encode(to writer: inout ByteWriter) {
-    writer.bool(explicit != nil)
+    writer.u8(explicit == nil ? 0 : isAscending ? 1 : 2)
     if let explicit {
       explicit.encode(to: &writer)
     } else {
@@ -107,16 +107,23 @@ extension PositionColumn {
   fileprivate init(
     from reader: inout ByteReader, count: Int, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) {
-    guard try reader.bool("whether positions are listed") else {
+    let place = reader
+    let form = try reader.u8("how positions are listed")
+    switch form {
+    case 0:
       let first = try reader.count("the first position", in: 0...(tokensSeen - count))
       self.init(restoring: nil, first: first, count: count)
-      return
+    case 1, 2:
+      var last: Int32 = -1
+      let what = form == 1 ? "ascending positions" : "positions"
+      let column = try Column<Int32>(from: &reader, count: count, what, backend: backend) { position in
+        defer { last = position }
+        return position > (form == 1 ? last : -1) && Int(position) < tokensSeen
+      }
+      self.init(restoring: column, first: count == 0 ? 0 : Int(column[0]), count: count)
+      guard isAscending == (form == 1) else { throw place.corrupt("expected positions in no order; they ascend") }
+    default:
+      throw place.corrupt("expected positions listed as 0 (consecutive), 1 (ascending) or 2 (in no order); found \(form)")
     }
-    var last: Int32 = -1
-    let column = try Column<Int32>(from: &reader, count: count, "ascending positions", backend: backend) { position in
-      defer { last = position }
-      return position > last && Int(position) < tokensSeen
-    }
-    self.init(restoring: column, first: count == 0 ? 0 : Int(column[0]), count: count)
   }
 }

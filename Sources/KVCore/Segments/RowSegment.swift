@@ -30,6 +30,7 @@ package final class RowSegment: Segment {
   package func liveCount(head: Int) -> Int { heads[head].live }
   package func position(head: Int, slot: Int) -> Int { heads[head].positions[slot] }
   package func isLive(head: Int, slot: Int) -> Bool { heads[head].isLive(slot) }
+  package func sortedFrom(head: Int) -> Int { heads[head].positions.sortedFrom }
   package func logBias(head: Int, slot: Int) -> Float { heads[head].bias.map { $0[slot] } ?? 0 }
 
   // MARK: Appending
@@ -141,6 +142,7 @@ package final class RowSegment: Segment {
         try heads[head].values.reserve(count, backend: backend, into: &room[head].values)
         let biased = slots[head].contains { other.logBias(head: head, slot: $0) != 0 }
         try heads[head].reserveColumns(count, biased: biased, scored: tracksScores, backend: backend)
+        try heads[head].positions.reserve(positions[head], backend: backend)
       }
     } catch {
       for head in heads.indices {
@@ -153,12 +155,16 @@ package final class RowSegment: Segment {
       let sources = other.slices(head: head, slots: slots[head])
       heads[head].keys.fill(room[head].keys, from: sources.keys, backend: backend)
       heads[head].values.fill(room[head].values, from: sources.values, backend: backend)
-      try heads[head].positions.append(positions[head], backend: backend)
+      heads[head].positions.append(positions[head])
       for slot in slots[head] {
         heads[head].bias?.append(other.logBias(head: head, slot: slot))
         heads[head].score?.append(other.score(head: head, slot: slot))
       }
     }
+  }
+
+  package func retract(_ counts: [Int]) {
+    for head in heads.indices where counts[head] > 0 { heads[head].removeLast(counts[head]) }
   }
 
   // MARK: Removing
@@ -188,6 +194,10 @@ package final class RowSegment: Segment {
     return (start..<rows.slots).contains { !rows.isLive($0) }
   }
 
+  package func prepareDrop(_ slots: [[Int]]) throws(KVError) {
+    for head in heads.indices where !slots[head].isEmpty { try heads[head].prepareDrop(backend: backend) }
+  }
+
   package func drop(_ slots: [[Int]]) throws(KVError) {
     for head in heads.indices { try heads[head].drop(slots[head], backend: backend) }
   }
@@ -202,8 +212,12 @@ package final class RowSegment: Segment {
 
   package var minimumTruncation: Int {
     heads.reduce(0) { most, head in
-      let body = max(head.keys.bodyRows, head.values.bodyRows)
-      return body == 0 ? most : max(most, head.positions[body - 1] + 1)
+      // What is out of order moved here from another tier, which cannot be undone either.
+      let fixed = max(head.keys.bodyRows, head.values.bodyRows, head.positions.sortedFrom)
+      if fixed == 0 { return most }
+      let newest =
+        fixed == head.positions.sortedFrom ? head.positions.highest : head.positions[fixed - 1]
+      return max(most, newest + 1)
     }
   }
 
@@ -212,13 +226,7 @@ package final class RowSegment: Segment {
       let kept = heads[head].positions.lowerBound(position)
       let removed = heads[head].slots - kept
       if removed == 0 { continue }
-      let deadRemoved = (kept..<heads[head].slots).reduce(0) { $0 + (heads[head].isLive($1) ? 0 : 1) }
-      heads[head].keys.removeLast(removed)
-      heads[head].values.removeLast(removed)
-      heads[head].positions.removeLast(removed)
-      heads[head].bias?.removeLast(removed)
-      heads[head].score?.removeLast(removed)
-      heads[head].dead -= deadRemoved
+      heads[head].removeLast(removed)
     }
   }
 
@@ -237,7 +245,9 @@ package final class RowSegment: Segment {
         positions: rows.positions.explicit?.base.map { UnsafePointer($0) + range.lowerBound },
         firstPosition: rows.positions.first + range.lowerBound,
         bias: rows.bias?.base.map { UnsafePointer($0) + range.lowerBound },
-        score: rows.score?.base.map { $0 + range.lowerBound }, shift: shift))
+        score: rows.score?.base.map { $0 + range.lowerBound }, shift: shift,
+        sortedFrom: max(0, min(rows.positions.sortedFrom, range.upperBound) - range.lowerBound),
+        highest: rows.positions.highest))
   }
 
   package func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
@@ -260,7 +270,7 @@ package final class RowSegment: Segment {
     let rows = heads[head]
     let store = keys ? rows.keys : rows.values
     let slices = store.slices(0..<store.rows)
-    guard rows.dead == 0, slices.count == 1, slices[0].run.encoding.kind == .dense else { return nil }
+    guard rows.dead == 0, rows.positions.isAscending, slices.count == 1, slices[0].run.encoding.kind == .dense else { return nil }
     return slices[0]
   }
 
@@ -294,6 +304,20 @@ package final class RowSegment: Segment {
     for slot in 0..<rows.slots where bias[slot] != -.infinity { slots.append(Int32(slot)) }
   }
 
+  package func enterLiveSlots(
+    head: Int, as segment: Int32, in table: UnsafeMutableBufferPointer<LayerView.RowReference>
+  ) {
+    let rows = heads[head]
+    let bias = rows.dead > 0 ? rows.bias?.base : nil
+    let positions = rows.positions.explicit?.base
+    let first = rows.positions.first
+    for slot in 0..<rows.slots {
+      if let bias, bias[slot] == -.infinity { continue }
+      table[positions.map { Int($0[slot]) } ?? first + slot] =
+        LayerView.RowReference(segment: segment, slot: Int32(slot))
+    }
+  }
+
   package func forgetScores() { for head in heads.indices { heads[head].score = nil } }
 
   package func prepareScores() throws(KVError) {
@@ -302,14 +326,11 @@ package final class RowSegment: Segment {
     }
   }
 
-  package func addScores(head: Int, _ added: [Float]) throws(KVError) {
+  package func scores(head: Int) -> UnsafePointer<Float>? { heads[head].score?.base.map { UnsafePointer($0) } }
+
+  package func addScores(head: Int, _ added: [(slot: Int, weight: Float)]) {
     guard heads[head].score != nil else { return }
-    try heads[head].score!.makeUnique(backend: backend)
-    var next = 0
-    for slot in 0..<heads[head].slots where heads[head].isLive(slot) {
-      heads[head].score!.set(slot, heads[head].score![slot] + added[next])
-      next += 1
-    }
+    for (slot, weight) in added { heads[head].score!.set(slot, heads[head].score![slot] + weight) }
   }
 
   // MARK: Life cycle

@@ -1,6 +1,7 @@
 /// Some tokens of one layer, for every KV head, in one representation.
 ///
-/// Heads are ragged: they may hold different tokens and different counts. Slots of a head are in position order.
+/// Heads are ragged: they may hold different tokens and different counts. Slots of a head are in the order their rows
+/// arrived: in position order until another tier sends a row that is older than one here.
 /// A slot may be dead: its log bias is minus infinity, it takes part in nothing, and its memory is reclaimed later.
 package protocol Segment: AnyObject {
   var kvHeads: Int { get }
@@ -9,6 +10,8 @@ package protocol Segment: AnyObject {
   func liveCount(head: Int) -> Int
   func position(head: Int, slot: Int) -> Int
   func isLive(head: Int, slot: Int) -> Bool
+  /// From this slot on, positions are larger than all before them. 0: the whole head is in position order.
+  func sortedFrom(head: Int) -> Int
 
   /// Appends the tokens of two views to every head; positions `first ...`.
   func append(
@@ -18,7 +21,9 @@ package protocol Segment: AnyObject {
   /// Moves rows to where the representation wants them (out of the dense window, say).
   func settle() throws(KVError)
 
-  /// Marks slots dead. `slots[h]` ascending.
+  /// Makes sure that `drop` of these slots cannot fail.
+  func prepareDrop(_ slots: [[Int]]) throws(KVError)
+  /// Marks slots dead, in any order.
   func drop(_ slots: [[Int]]) throws(KVError)
 
   /// Gives memory of dead slots back: all of it when `eager`, else when enough has gathered to be worth it.
@@ -38,17 +43,22 @@ package protocol Segment: AnyObject {
   func copyScores(head: Int, into target: UnsafeMutablePointer<Float>)
   /// Appends the live slots of a head, ascending.
   func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>)
+  /// Enters the live slots of a head at their positions in a table of all tokens seen.
+  func enterLiveSlots(
+    head: Int, as segment: Int32, in table: UnsafeMutableBufferPointer<LayerView.RowReference>)
   /// Removes the accumulated attention of every slot: the policy no longer needs it.
   func forgetScores()
-  /// Adds observed attention to the live slots of a head, in slot order.
-  func addScores(head: Int, _ added: [Float]) throws(KVError)
+  /// The accumulated attention of all slots of a head; nil when nobody asked for it.
+  func scores(head: Int) -> UnsafePointer<Float>?
+  /// Adds observed attention to slots of a head, after `prepareScores`.
+  func addScores(head: Int, _ added: [(slot: Int, weight: Float)])
   /// Makes score memory exclusive before a backend writes to it.
   func prepareScores() throws(KVError)
 
   /// Rows as f32, rows `dim` floats apart.
   func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>)
   func readValues(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>)
-  /// The rows of a head without a copy, when they are dense and contiguous.
+  /// The rows of a head without a copy, when they are dense, contiguous and in position order.
   func denseRun(head: Int, keys: Bool) -> RunSlice?
 
   func logBias(head: Int, slot: Int) -> Float
@@ -58,9 +68,11 @@ package protocol Segment: AnyObject {
   func fork() -> any Segment
   func checkInvariants()
 
-  /// Appends rows of another segment, `slots[h]` ascending, to this one's dense windows. Positions may lie anywhere
-  /// after this segment's own, which the caller checks.
+  /// Appends rows of another segment to this one's dense windows, in the order of `slots[h]`. They may be older than
+  /// rows that are here. Changes nothing when memory runs out.
   func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError)
+  /// Takes back the last `counts[h]` rows that `absorb` appended, before anything else happened.
+  func retract(_ counts: [Int])
   /// The slices of single slots, for `absorb`.
   func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice])
 
