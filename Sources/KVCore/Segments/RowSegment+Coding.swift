@@ -123,7 +123,8 @@ extension PositionColumn {
       self.init(restoring: column, first: count == 0 ? 0 : Int(column[0]), count: count)
       guard isAscending == (form == 1) else { throw place.corrupt("expected positions in no order; they ascend") }
     default:
-      throw place.corrupt("expected positions listed as 0 (consecutive), 1 (ascending) or 2 (in no order); found \(form)")
+      throw place.corrupt(
+        "expected positions listed as 0 (consecutive), 1 (ascending) or 2 (in no order); found \(form)")
     }
   }
 }

@@ -270,7 +270,9 @@ package final class RowSegment: Segment {
     let rows = heads[head]
     let store = keys ? rows.keys : rows.values
     let slices = store.slices(0..<store.rows)
-    guard rows.dead == 0, rows.positions.isAscending, slices.count == 1, slices[0].run.encoding.kind == .dense else { return nil }
+    guard rows.dead == 0, rows.positions.isAscending, slices.count == 1, slices[0].run.encoding.kind == .dense else {
+      return nil
+    }
     return slices[0]
   }
 
