@@ -14,6 +14,8 @@
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 
+#include "rows_compare.h"
+
 #include "avx512_values.h"
 #define V_AFFINE_ACCUMULATE v_accumulate_affine
 

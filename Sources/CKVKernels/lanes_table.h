@@ -2,7 +2,8 @@
 #define V_TABLE(level_name, logits_entry)                                                                            \
   {                                                                                                                  \
     .name = level_name, .logits = logits_entry, .accumulate = accumulate, .softmax = softmax, .exp_shift = exp_shift, \
-    .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot, .convert = convert,                                  \
+    .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot,                                                      \
+    .normalise_rows = normalise_rows, .compare_rows = compare_rows, .mix_rows = mix_rows, .convert = convert,        \
     .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \
     .decode = decode, .read_memory = read_memory,                                                                    \
   }

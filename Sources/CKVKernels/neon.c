@@ -11,6 +11,8 @@
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 
+#include "rows_compare.h"
+
 #include "lanes_attend.h"
 #include "lanes_table.h"
 

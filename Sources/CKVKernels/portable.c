@@ -71,6 +71,8 @@ static void scale_in_place(float *y, float a, size_t n) {
   for (size_t i = 0; i < n; i++) y[i] *= a;
 }
 
+#include "rows_compare.h"
+
 /* ---- softmax ---------------------------------------------------------------------------------------------------- */
 
 /* exp in double: x = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r. */
@@ -220,6 +222,9 @@ const ckv_kernels ckv_portable = {
     .axpy = axpy,
     .scale_in_place = scale_in_place,
     .dot = dot,
+    .normalise_rows = normalise_rows,
+    .compare_rows = compare_rows,
+    .mix_rows = mix_rows,
     .convert = convert,
     .first_nonfinite = first_nonfinite,
     .encode_channel = encode_channel,

@@ -45,6 +45,9 @@ enum {
     CKV_AFFINE_ROW = 2,
 };
 
+/* Measures of two rows: x.y, the cosine, |x - y|^2, |x + y|^2. */
+enum { CKV_DOT = 0, CKV_COSINE = 1, CKV_DISTANCE = 2, CKV_SUM = 3 };
+
 /* A run of rows of one KV head, one side (keys or values), one encoding, contiguous in memory. */
 typedef struct {
     uint32_t kind;       /* CKV_DENSE, CKV_AFFINE_CHANNEL, CKV_AFFINE_ROW */
@@ -96,6 +99,21 @@ typedef struct {
     /* Plain strict-order-free dot product and the block product used for attention of many queries when BLAS is
      * not worth calling: same contract as logits with a dense f32 run. */
     float (*dot)(const float *x, const float *y, size_t n);
+
+    /* ---- comparing and mixing rows ------------------------------------------------------------------------- */
+
+    /* Rows divided by their lengths, in place; lengths below 1e-6 count as that, so a zero row stays one. */
+    void (*normalise_rows)(float *rows, size_t stride, uint32_t dim, size_t count);
+
+    /* out[i] = the measure of rows first[i] and second[i], i < n; rows are `stride` floats apart. A cosine with a row
+     * shorter than 1e-6 takes that for its length. */
+    void (*compare_rows)(const float *rows, size_t stride, uint32_t dim, const uint32_t *first,
+                         const uint32_t *second, size_t n, uint32_t measure, float *out);
+
+    /* out[i*out_stride + c] = (sum over t of weight[t] * row index[t] [c]) / divisor[i], t from starts[i] to
+     * starts[i+1], in that order, one rounding per operation: the same bits at every level. At least one t each. */
+    void (*mix_rows)(const float *rows, size_t stride, uint32_t dim, const uint32_t *starts, const uint32_t *index,
+                     const float *weight, const float *divisor, size_t n, float *out, size_t out_stride);
 
     /* ---- conversion and encoding --------------------------------------------------------------------------- */
 

@@ -47,6 +47,17 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// Attention of every sequence of the plan over all its rows. Outputs are written, statistics added.
   func attend(_ plan: AttentionPlan)
 
+  /// A measure of every pair of rows; see ``RowComparison``.
+  func compare(_ request: RowComparison, into result: UnsafeMutablePointer<Float>)
+
+  /// For every source row the target row with the largest cosine, the first of equal ones, and that cosine. Zero rows
+  /// have cosine 0 with everything. Both lists hold rows.
+  func nearest(_ request: NearestRequest, into result: inout NearestRows)
+
+  /// Weighted sums of rows into rows of f32; see ``RowMix``. Returns the first sum with an element beyond what the
+  /// request says will hold it.
+  func mix(_ request: RowMix, into target: RowRun) -> Int?
+
   /// Column sums of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
 }

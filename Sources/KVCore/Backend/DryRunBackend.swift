@@ -26,5 +26,12 @@ package final class DryRunBackend: ComputeBackend {
     host.initializeMemory(as: UInt8.self, repeating: 0, count: byteCount)
   }
   package func attend(_ plan: AttentionPlan) {}
+  package func compare(_ request: RowComparison, into result: UnsafeMutablePointer<Float>) {
+    result.update(repeating: 0, count: request.first.count)
+  }
+  package func nearest(_ request: NearestRequest, into result: inout NearestRows) {
+    result.reset(count: request.sources.reduce(0) { $0 + $1.count })
+  }
+  package func mix(_ request: RowMix, into target: RowRun) -> Int? { nil }
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {}
 }

@@ -160,9 +160,10 @@ extension KVCache {
       var scores = ScoreTable()
       scores.reset(counts: rows)
       let view = LayerView(state, options: attention, backend: backend.operations)
-      let overBudget = zip(rows, budgets).contains { $0 > $1 } || policy.tiers.count > 1
+      let overBudget =
+        zip(rows, budgets).contains { $0 > $1 } || policy.tiers.count > 1 || policy.router.routesAlways
+      if overBudget || policy.allocator.spansLayers { try checkObserved(state) }
       if overBudget || policy.allocator.spansLayers, let scorer = policy.scorer {
-        try checkObserved(state)
         do throws(KVError) {
           try scorer.score(view, into: &scores)
         } catch {
@@ -181,10 +182,15 @@ extension KVCache {
     for (index, state) in states.enumerated() {
       let rows = requests[index].rows
       var routing: Routing?
-      if policy.tiers.count > 1 || zip(rows, kept[index]).contains(where: { $0 > $1 }) {
+      if policy.tiers.count > 1 || policy.router.routesAlways || zip(rows, kept[index]).contains(where: { $0 > $1 }) {
         var outcomes = Routing()
         outcomes.reset(like: requests[index].scores)
-        policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
+        do throws(KVError) {
+          try policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
+          try outcomes.checkMerges(of: views[index])
+        } catch {
+          throw error.at(layer: state.layer)
+        }
         checkTiers(of: outcomes, in: views[index])
         routing = outcomes
       }
@@ -298,7 +304,8 @@ extension KVCache {
     do throws(KVError) {
       let leaving = state.segments.indices.filter { dropped[$0].contains { !$0.isEmpty } }
       for index in leaving { try state.segments[index].prepareDrop(dropped[index]) }
-      try move(moves, in: state)
+      try move(moves, in: state) { () throws(KVError) in try merge(routing, view, state) }
+      if let memory = routing.memory { state.routerMemory = memory }
       // Only memory that is given back could fail from here on, and then it stays.
       for index in leaving { try state.segments[index].drop(dropped[index]) }
       for index in leaving { try state.segments[index].reclaim(eager: eager) }
@@ -310,8 +317,10 @@ extension KVCache {
     state.outcome = .compressed(before: before, after: after, at: state.seen)
   }
 
-  /// Copies rows into other tiers, `moves[from][to][head]`: all of them, or none when memory runs out.
-  private func move(_ moves: [[[[Int]]]], in state: LayerState) throws(KVError) {
+  /// Copies rows into other tiers, `moves[from][to][head]`, and does `then`: all of it, or nothing when either fails.
+  private func move(
+    _ moves: [[[[Int]]]], in state: LayerState, then: () throws(KVError) -> Void
+  ) throws(KVError) {
     let tracked = tracksScores(state)
     var done: [(tier: Int, counts: [Int])] = []
     do throws(KVError) {
@@ -321,6 +330,7 @@ extension KVCache {
           done.append((to, moves[from][to].map(\.count)))
         }
       }
+      try then()
     } catch {
       for (tier, counts) in done.reversed() { state.segments[tier].retract(counts) }
       throw error

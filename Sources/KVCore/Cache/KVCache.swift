@@ -110,6 +110,17 @@ public final class KVCache {
       }
       try rotary.requireStatic()
     }
+    if needed.rotary {
+      guard let rotary = shape.rotary else {
+        throw KVError(
+          .missingInput, "\(policy.spec) turns keys; give ModelShape the rotary embedding")
+      }
+      try rotary.requireStatic()
+    }
+    if policy.router.merges, let store = policy.tiers.first(where: { $0.factory.merging == nil }) {
+      throw KVError(
+        .unsupported, "\(policy.spec) merges rows, which the store \(store.spec.name) cannot hold")
+    }
     if policy.scorer != nil || policy.budget != .unlimited {
       let protection = policy.router.protection
       try BudgetSplit.validate(sinks: protection.sinks, window: protection.window, budget: policy.budget)

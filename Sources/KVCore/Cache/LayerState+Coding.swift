@@ -8,6 +8,8 @@ extension LayerState {
     }
     writer.u8(phase.rawValue)
     outcome.encode(to: &writer)
+    writer.count(routerMemory.count)
+    writer.array(routerMemory)
     writer.bool(queryWindow != nil)
     queryWindow?.encode(to: &writer)
   }
@@ -32,6 +34,8 @@ extension LayerState {
     }
     self.phase = phase
     outcome = try LayerOutcome(from: &reader)
+    let remembered = try reader.count("numbers of the router", in: 0...SavedCache.maximumRemembered)
+    routerMemory = try reader.array(of: Float.self, count: remembered, "numbers of the router")
     if try reader.bool("whether there is a query window") {
       queryWindow = try QueryWindow(
         from: &reader, capacity: policy.inputs.windowQueries, shape: shape, backend: backend)

@@ -19,6 +19,8 @@ package final class LayerState {
   /// Positions below this can no longer be cut off: something was dropped, or the statistics know later tokens.
   var frozenBelow = 0
   var outcome = LayerOutcome.untouched
+  /// What the router remembers between its calls: a few numbers.
+  var routerMemory: [Float] = []
 
   enum Phase: UInt8 { case prefill = 0, decode = 1 }
 
@@ -42,6 +44,7 @@ package final class LayerState {
     promptStart = other.promptStart
     frozenBelow = other.frozenBelow
     outcome = other.outcome
+    routerMemory = other.routerMemory
   }
 
   func liveRows(head: Int) -> Int { segments.reduce(0) { $0 + $1.liveCount(head: head) } }

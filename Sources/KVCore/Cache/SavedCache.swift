@@ -12,7 +12,7 @@
 /// LAYR layer              cached layers only
 ///                         tokens seen · observed tokens · observed queries · settled tokens
 ///                         · decoded since compression · frozen below · prompt start: counts
-///                         phase u8 · outcome u8 and its numbers
+///                         phase u8 · outcome u8 and its numbers · router's memory: count, f32 x count
 ///                         maybe query window: capacity count · captured count
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first
 /// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
@@ -22,6 +22,7 @@
 ///                         · 2: the same, in the order in which tiers sent the rows
 ///                         log biases: maybe capacity count, f32 x slots
 ///                         accumulated attention: maybe capacity count, f32 x slots
+///                         token counts: maybe capacity count, u32 x slots
 ///                         keys · values
 ///   keys, values          body extents count · extents count · per extent:
 ///                         ┌ kind ┬ type ┬ bits ┬ 0 ┬ group u32 ┬ rows ┬ capacity ┬ first ┐   u8 each, then counts
@@ -51,6 +52,8 @@ package enum SavedCache {
   static let maximumLayers = 1 << 16
   static let maximumHeads = 1 << 16
   static let maximumTokens = Int(Int32.max)
+  /// Numbers a router remembers per layer.
+  static let maximumRemembered = 1 << 16
   /// Of counters that only ever grow.
   static let maximumCounter = 1 << 48
 

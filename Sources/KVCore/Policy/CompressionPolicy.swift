@@ -20,7 +20,7 @@ public protocol CompressionPolicy: Sendable {
 }
 
 extension CompressionPolicy {
-  public var inputs: RequiredInputs { scorer?.inputs ?? .none }
+  public var inputs: RequiredInputs { (scorer?.inputs ?? .none).union(router.inputs) }
 }
 
 /// Stage four: the representation of a tier, with the text that names it.

@@ -9,9 +9,11 @@ public final class LayerView {
   /// Tokens of the prompt whose queries can have been kept.
   private let observableTokens: Int
   package let segments: [any Segment]
+  /// What the router left in ``Routing/memory`` the last time; empty at first.
+  public let routerMemory: [Float]
   private let queryWindow: QueryWindow?
   private let options: AttentionOptions
-  private let backend: any ComputeBackend
+  let backend: any ComputeBackend
 
   /// Which slot of which segment a live row is.
   package struct RowReference: BitwiseCopyable {
@@ -35,6 +37,7 @@ public final class LayerView {
     tokensSeen = state.seen
     observableTokens = state.seen - state.promptStart
     segments = state.segments
+    routerMemory = state.routerMemory
     queryWindow = state.queryWindow
     self.options = options
     self.backend = backend

@@ -4,10 +4,13 @@ public struct RequiredInputs: Hashable, Sendable {
   public var windowQueries: Int
   /// The attention weights every cached token received.
   public var attentionWeights: Bool
+  /// The rotary embedding, in ``ModelShape/rotary``.
+  public var rotary: Bool
 
-  public init(windowQueries: Int = 0, attentionWeights: Bool = false) {
+  public init(windowQueries: Int = 0, attentionWeights: Bool = false, rotary: Bool = false) {
     self.windowQueries = windowQueries
     self.attentionWeights = attentionWeights
+    self.rotary = rotary
   }
 
   /// Keys and values are enough.
@@ -17,7 +20,7 @@ public struct RequiredInputs: Hashable, Sendable {
   public func union(_ other: RequiredInputs) -> RequiredInputs {
     RequiredInputs(
       windowQueries: max(windowQueries, other.windowQueries),
-      attentionWeights: attentionWeights || other.attentionWeights)
+      attentionWeights: attentionWeights || other.attentionWeights, rotary: rotary || other.rotary)
   }
 }
 
@@ -26,6 +29,7 @@ extension RequiredInputs: CustomStringConvertible {
     var parts: [String] = []
     if windowQueries > 0 { parts.append("queries of the last \(windowQueries) tokens") }
     if attentionWeights { parts.append("attention weights") }
+    if rotary { parts.append("the rotary embedding") }
     return parts.isEmpty ? "keys and values only" : parts.joined(separator: ", ")
   }
 }

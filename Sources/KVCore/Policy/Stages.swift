@@ -39,13 +39,22 @@ public protocol Router: Sendable {
   var protection: Protection { get }
   /// Tiers that rows can be sent to: the stores a policy text must name.
   var tierCount: Int { get }
-  /// Sends every row of `layer` to a tier or drops it; exactly `kept[h]` rows of head h survive. Cannot fail: everything
-  /// that could be wrong was decided before.
-  func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing)
+  /// What it looks at beyond keys, values and scores.
+  var inputs: RequiredInputs { get }
+  /// Whether it is asked even when every row fits the budget.
+  var routesAlways: Bool { get }
+  /// Whether it sends rows into other rows: the stores must be able to hold the result.
+  var merges: Bool { get }
+  /// Sends every row of `layer` to a tier or drops it; `kept[h]` rows of head h survive, fewer where rows merge by
+  /// likeness. Nothing has changed yet when it throws.
+  func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) throws(KVError)
 }
 
 extension Router {
   public var tierCount: Int { 1 }
+  public var inputs: RequiredInputs { .none }
+  public var routesAlways: Bool { false }
+  public var merges: Bool { false }
 }
 
 /// Rows that no score can remove.
@@ -84,6 +93,11 @@ public struct Routing: Sendable {
 
   package private(set) var outcomes: [Outcome] = []
   package private(set) var starts: [Int] = [0]
+  /// Rows that take dropped rows in.
+  package internal(set) var merges: [Merge] = []
+  package internal(set) var terms: [Term] = []
+  /// What the router wants to find in ``LayerView/routerMemory`` the next time; nil: what is there.
+  public var memory: [Float]?
 
   public init() {}
 
@@ -91,6 +105,9 @@ public struct Routing: Sendable {
   package mutating func reset(like scores: ScoreTable) {
     starts.removeAll(keepingCapacity: true)
     outcomes.removeAll(keepingCapacity: true)
+    merges.removeAll(keepingCapacity: true)
+    terms.removeAll(keepingCapacity: true)
+    memory = nil
     starts.append(0)
     for head in 0..<scores.headCount {
       starts.append(starts[head] + scores.rowCount(head: head))

@@ -5,6 +5,7 @@
 /// positions   0   1   5   …    Int32, implicit while consecutive
 /// bias        0   0  -∞   …    Float, absent while all are 0
 /// score      .5  .2   0   …    Float, absent unless the policy asks for attention statistics
+/// count       1   3   1   …    UInt32, tokens a slot stands for, absent while all are 1
 /// keys      ┌ body ┬ tail ┐    split where the key format says
 /// values    ┌ body  ┬ tail┐    split where the value format says
 /// ```
@@ -14,6 +15,7 @@ package struct HeadRows {
   package var positions = PositionColumn()
   package var bias: Column<Float>?
   package var score: Column<Float>?
+  package var counts: Column<UInt32>?
   package var dead = 0
 
   package init(keyDim: Int, valueDim: Int, keys: SideFormat, values: SideFormat) {
@@ -26,28 +28,36 @@ package struct HeadRows {
 
   package func isLive(_ slot: Int) -> Bool { bias.map { $0[slot] != -.infinity } ?? true }
 
-  /// Room for `count` more slots in the bias and score columns, which are made when first needed.
+  /// Tokens a slot stands for.
+  package func count(_ slot: Int) -> Int { counts.map { Int($0[slot]) } ?? 1 }
+
+  /// Room for `count` more slots in the bias, score and count columns, which are made when first needed.
   package mutating func reserveColumns(
-    _ count: Int, biased: Bool, scored: Bool, backend: any ComputeBackend
+    _ count: Int, biased: Bool, scored: Bool, counted: Bool = false, backend: any ComputeBackend
   ) throws(KVError) {
     if bias != nil {
       try bias!.reserve(count, backend: backend)
     } else if biased {
-      bias = try HeadRows.zeros(slots, room: count, backend: backend)
+      bias = try HeadRows.column(of: 0, slots, room: count, backend: backend)
     }
     if score != nil {
       try score!.reserve(count, backend: backend)
     } else if scored {
-      score = try HeadRows.zeros(slots, room: count, backend: backend)
+      score = try HeadRows.column(of: 0, slots, room: count, backend: backend)
+    }
+    if counts != nil {
+      try counts!.reserve(count, backend: backend)
+    } else if counted {
+      counts = try HeadRows.column(of: 1, slots, room: count, backend: backend)
     }
   }
 
-  private static func zeros(
-    _ count: Int, room: Int, backend: any ComputeBackend
-  ) throws(KVError) -> Column<Float> {
-    var column = Column<Float>()
+  private static func column<Element: BitwiseCopyable>(
+    of value: Element, _ count: Int, room: Int, backend: any ComputeBackend
+  ) throws(KVError) -> Column<Element> {
+    var column = Column<Element>()
     try column.reserve(count + room, backend: backend)
-    column.append(repeating: 0, count: count)
+    column.append(repeating: value, count: count)
     return column
   }
 
@@ -59,6 +69,7 @@ package struct HeadRows {
     positions.removeLast(count)
     bias?.removeLast(count)
     score?.removeLast(count)
+    counts?.removeLast(count)
   }
 
   /// Memory in which slots can be marked dead.
@@ -103,6 +114,10 @@ package struct HeadRows {
       result.bias = stillNeeded ? try bias.gathered(kept, backend: backend) : nil
     }
     if let score { result.score = try score.gathered(kept, backend: backend) }
+    if let counts {
+      let stillNeeded = kept.contains { counts[$0] != 1 }
+      result.counts = stillNeeded ? try counts.gathered(kept, backend: backend) : nil
+    }
     result.keys = try keys.rebuilt(physical: physical, backend: backend)
     result.values = try values.rebuilt(physical: physical, backend: backend)
     return result
@@ -145,6 +160,7 @@ package struct HeadRows {
     if let buffer = positions.explicit?.buffer { tally.add(buffer, kind: \.index) }
     if let buffer = bias?.buffer { tally.add(buffer, kind: \.metadata) }
     if let buffer = score?.buffer { tally.add(buffer, kind: \.state) }
+    if let buffer = counts?.buffer { tally.add(buffer, kind: \.metadata) }
   }
 
   package func checkInvariants() {
@@ -154,6 +170,7 @@ package struct HeadRows {
     precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
     precondition(bias.map { $0.count == slots } ?? true, "one bias per slot")
     precondition(score.map { $0.count == slots } ?? true, "one score per slot")
+    precondition(counts.map { $0.count == slots } ?? true, "one count per slot")
     precondition(
       keys.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }
         && values.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }, "rows lie inside their extents")

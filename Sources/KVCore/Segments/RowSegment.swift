@@ -4,7 +4,7 @@ package final class RowSegment: Segment {
   package let layer: LayerShape
   package let format: RowFormat
   package let backend: any ComputeBackend
-  package private(set) var heads: [HeadRows]
+  package internal(set) var heads: [HeadRows]
   /// Reused by every append; never shrinks.
   private var targets: [RunSlice] = []
   private var writes: [WriteTarget] = []
@@ -32,6 +32,7 @@ package final class RowSegment: Segment {
   package func isLive(head: Int, slot: Int) -> Bool { heads[head].isLive(slot) }
   package func sortedFrom(head: Int) -> Int { heads[head].positions.sortedFrom }
   package func logBias(head: Int, slot: Int) -> Float { heads[head].bias.map { $0[slot] } ?? 0 }
+  package func count(head: Int, slot: Int) -> Int { heads[head].count(slot) }
 
   // MARK: Appending
 
@@ -101,6 +102,7 @@ package final class RowSegment: Segment {
       heads[head].positions.append(next: firstPosition, adding: count)
       heads[head].bias?.append(repeating: 0, count: count)
       heads[head].score?.append(repeating: 0, count: count)
+      heads[head].counts?.append(repeating: 1, count: count)
     }
   }
 
@@ -141,7 +143,9 @@ package final class RowSegment: Segment {
         try heads[head].keys.reserve(count, backend: backend, into: &room[head].keys)
         try heads[head].values.reserve(count, backend: backend, into: &room[head].values)
         let biased = slots[head].contains { other.logBias(head: head, slot: $0) != 0 }
-        try heads[head].reserveColumns(count, biased: biased, scored: tracksScores, backend: backend)
+        let counted = slots[head].contains { other.count(head: head, slot: $0) != 1 }
+        try heads[head].reserveColumns(
+          count, biased: biased, scored: tracksScores, counted: counted, backend: backend)
         try heads[head].positions.reserve(positions[head], backend: backend)
       }
     } catch {
@@ -159,6 +163,7 @@ package final class RowSegment: Segment {
       for slot in slots[head] {
         heads[head].bias?.append(other.logBias(head: head, slot: slot))
         heads[head].score?.append(other.score(head: head, slot: slot))
+        heads[head].counts?.append(UInt32(other.count(head: head, slot: slot)))
       }
     }
   }
@@ -358,6 +363,10 @@ package struct RowFormat: SegmentFactory, Hashable {
 
   package func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment {
     RowSegment(layer: layer, format: self, backend: backend)
+  }
+
+  package var merging: MergingSides? {
+    MergingSides(keys: (keys.window, keys.range), values: (values.window, values.range))
   }
 
   package func validate(layer: LayerShape) throws(KVError) {}

@@ -265,8 +265,10 @@ package struct RowStore {
 
   /// A store with the rows flagged in `physical` only, in order. Units (per-channel groups) that keep all their rows
   /// are copied code by code; of others the remaining rows are decoded once, into dense rows.
+  ///
+  /// - Parameter thawed: rows whose units are decoded though they are whole; nil: none.
   package func rebuilt(
-    physical: [Bool], backend: any ComputeBackend
+    physical: [Bool], thawed: [Bool]? = nil, backend: any ComputeBackend
   ) throws(KVError) -> RowStore {
     var result = RowStore(dim: dim, format: format)
     var pieces = PieceList()
@@ -280,7 +282,8 @@ package struct RowStore {
       } else {
         for group in stride(from: 0, to: extent.rows, by: unit) {
           let flags = physical[start + group..<start + group + unit]
-          let encoding: RowEncoding = flags.allSatisfy { $0 } ? extent.encoding : .dense(format.window)
+          let thaws = thawed.map { $0[start + group..<start + group + unit].contains(true) } ?? false
+          let encoding: RowEncoding = flags.allSatisfy { $0 } && !thaws ? extent.encoding : .dense(format.window)
           pieces.append(flagged: flags, of: run, first: extent.first + group, as: encoding)
         }
       }
@@ -313,6 +316,58 @@ package struct RowStore {
       rows += piece.rows
     }
     pieces.list.removeAll()
+  }
+
+  // MARK: Replacing rows
+
+  /// Makes the memory of some rows, ascending, this store's own and writable row by row: what forks share is copied, and
+  /// units that hold any of them are decoded once into dense rows, as when most of a unit was dropped.
+  package mutating func makeWritable(_ slots: [Int], backend: any ComputeBackend) throws(KVError) {
+    if slots.isEmpty { return }
+    var thawed: [Bool]?
+    var start = 0
+    var next = 0
+    var touched: [Int] = []
+    for (index, extent) in extents.enumerated() {
+      let end = start + extent.rows
+      let first = next
+      while next < slots.count, slots[next] < end { next += 1 }
+      if next > first {
+        touched.append(index)
+        if extent.encoding.rowsPerUnit > 1 {
+          if thawed == nil { thawed = Array(repeating: false, count: rows) }
+          for slot in slots[first..<next] { thawed![slot] = true }
+        }
+      }
+      start = end
+    }
+    if let thawed {
+      self = try rebuilt(physical: Array(repeating: true, count: rows), thawed: thawed, backend: backend)
+      return  // Its memory is new.
+    }
+    for index in touched where !isKnownUniquelyReferenced(&extents[index].buffer) {
+      let extent = extents[index]
+      var copy = try Extent(encoding: extent.encoding, capacity: extent.capacity, dim: dim, backend: backend)
+      backend.transcode(
+        [RunSlice(run: extent.run(dim: dim), first: extent.first, count: extent.rows)], to: copy.run(dim: dim),
+        row: extent.first)
+      copy.first = extent.first
+      copy.rows = extent.rows
+      extents[index] = copy
+    }
+  }
+
+  /// Writes row i of `source` to slot `slots[i]`, ascending, converting or encoding each row anew. They are writable.
+  package func replace(_ slots: [Int], with source: RowRun, backend: any ComputeBackend) {
+    var index = 0
+    while index < slots.count {
+      var end = index + 1
+      while end < slots.count, slots[end] == slots[end - 1] + 1 { end += 1 }
+      forEachSlice(slots[index]..<slots[end - 1] + 1) { slice in
+        backend.transcode([RunSlice(run: source, first: index, count: slice.count)], to: slice.run, row: slice.first)
+        index += slice.count
+      }
+    }
   }
 
   // MARK: Accounting

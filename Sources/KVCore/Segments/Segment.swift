@@ -62,6 +62,15 @@ package protocol Segment: AnyObject {
   func denseRun(head: Int, keys: Bool) -> RunSlice?
 
   func logBias(head: Int, slot: Int) -> Float
+  /// Tokens a slot stands for; more than 1 after merging.
+  func count(head: Int, slot: Int) -> Int
+
+  /// Replaces rows by weighted sums of rows. Everything is computed, and checked against what will hold it, before the
+  /// first row changes.
+  ///
+  /// - Throws: `unrepresentable` for a sum beyond what holds the row, `outOfMemory`; `unsupported` where
+  ///   `SegmentFactory.merging` is nil.
+  func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError)
 
   func tally(into tally: inout ByteTally)
   /// A segment with the same rows that shares what is frozen.
@@ -80,9 +89,49 @@ package protocol Segment: AnyObject {
   func encode(to writer: inout ByteWriter)
 }
 
+extension Segment {
+  package func count(head: Int, slot: Int) -> Int { 1 }
+
+  package func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) {
+    throw KVError(.unsupported, "rows of this store cannot take others in")
+  }
+}
+
+/// Slots of one head that take other rows in.
+package struct HeadMerges {
+  package struct Slot {
+    package var slot: Int
+    package var logBias: Float
+    package var count: Int
+    package var score: Float
+
+    package init(slot: Int, logBias: Float, count: Int, score: Float) {
+      self.slot = slot
+      self.logBias = logBias
+      self.count = count
+      self.score = score
+    }
+  }
+
+  /// Every slot whose bias, count or score changes.
+  package var slots: [Slot] = []
+  /// Slots that get new keys, ascending, and the sums they get: sum j for slot j.
+  package var keySlots: [Int] = []
+  package var keys: RowMix
+  package var valueSlots: [Int] = []
+  package var values: RowMix
+
+  package init(keys: RowMix, values: RowMix) {
+    self.keys = keys
+    self.values = values
+  }
+}
+
 /// Makes the segments of one tier. The representation of a `Store`.
 package protocol SegmentFactory: Sendable {
   func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment
+  /// What will hold rows that are replaced by weighted sums; nil: they cannot be.
+  var merging: MergingSides? { get }
   /// Refuses shapes the representation cannot hold.
   func validate(layer: LayerShape) throws(KVError)
   /// The most bytes one KV head needs for this many rows, with positions, dead slots that wait to be reclaimed, and
@@ -94,4 +143,14 @@ package protocol SegmentFactory: Sendable {
   func decodeSegment(
     from reader: inout ByteReader, layer: LayerShape, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) -> any Segment
+}
+
+extension SegmentFactory {
+  package var merging: MergingSides? { nil }
+}
+
+/// The type and range of the rows of each side.
+package struct MergingSides {
+  package var keys: (type: ElementType, range: ElementRange)
+  package var values: (type: ElementType, range: ElementRange)
 }

@@ -1,0 +1,77 @@
+/// What two rows can be measured by.
+package enum RowMeasure: UInt32, Sendable {
+  case dot = 0
+  /// In -1...1; rows shorter than 1e-6 count as that long, so a zero row has cosine 0.
+  case cosine = 1
+  case squaredDistance = 2
+  case squaredSum = 3
+}
+
+/// A measure of pairs of rows of one table.
+package struct RowComparison {
+  /// The rows, one after another: indices below count through them.
+  package var rows: [RunSlice]
+  package var dim: Int
+  package var first: [UInt32]
+  package var second: [UInt32]
+  package var measure: RowMeasure
+
+  package init(rows: [RunSlice], dim: Int, first: [UInt32], second: [UInt32], measure: RowMeasure) {
+    self.rows = rows
+    self.dim = dim
+    self.first = first
+    self.second = second
+    self.measure = measure
+  }
+}
+
+/// Rows to find partners for, and the rows they are found among.
+package struct NearestRequest {
+  package var sources: [RunSlice]
+  package var targets: [RunSlice]
+  package var dim: Int
+
+  package init(sources: [RunSlice], targets: [RunSlice], dim: Int) {
+    self.sources = sources
+    self.targets = targets
+    self.dim = dim
+  }
+}
+
+/// The partner of every source, and how alike they are.
+package struct NearestRows {
+  package var targets: [Int] = []
+  package var cosines: [Float] = []
+
+  package init() {}
+
+  package mutating func reset(count: Int) {
+    targets = Array(repeating: 0, count: count)
+    cosines = Array(repeating: 0, count: count)
+  }
+}
+
+/// Weighted sums of rows of one table: sum j is over `index[starts[j] ..< starts[j + 1]]`, in that order, in f32, then
+/// divided by `divisors[j]`.
+package struct RowMix {
+  package var rows: [RunSlice] = []
+  package var dim: Int
+  package var starts: [UInt32] = [0]
+  package var index: [UInt32] = []
+  package var weights: [Float] = []
+  package var divisors: [Float] = []
+  /// Rows of the table that are turned from one position to another first.
+  package var turns: [(row: Int, from: Int, to: Int)] = []
+  package var rotary: RotaryEmbedding?
+  /// What will hold the sums.
+  package var type: ElementType
+  package var range: ElementRange
+
+  package init(dim: Int, type: ElementType, range: ElementRange) {
+    self.dim = dim
+    self.type = type
+    self.range = range
+  }
+
+  package var count: Int { divisors.count }
+}
