@@ -8,10 +8,10 @@ extension LayerState {
     }
     writer.u8(phase.rawValue)
     outcome.encode(to: &writer)
-    writer.count(routerMemory.count)
-    writer.array(routerMemory)
     writer.bool(queryWindow != nil)
     queryWindow?.encode(to: &writer)
+    writer.count(routerMemory.count)
+    writer.array(routerMemory)
   }
 
   /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
@@ -34,12 +34,12 @@ extension LayerState {
     }
     self.phase = phase
     outcome = try LayerOutcome(from: &reader)
-    let remembered = try reader.count("numbers of the router", in: 0...SavedCache.maximumRemembered)
-    routerMemory = try reader.array(of: Float.self, count: remembered, "numbers of the router")
     if try reader.bool("whether there is a query window") {
       queryWindow = try QueryWindow(
         from: &reader, capacity: policy.inputs.windowQueries, shape: shape, backend: backend)
     }
+    let remembered = try reader.count("numbers of the router", in: 0...SavedCache.maximumRemembered)
+    routerMemory = try reader.array(of: Float.self, count: remembered, "numbers of the router")
     try reader.finish()
 
     for (tier, store) in policy.tiers.enumerated() {

@@ -12,9 +12,10 @@
 /// LAYR layer              cached layers only
 ///                         tokens seen · observed tokens · observed queries · settled tokens
 ///                         · decoded since compression · frozen below · prompt start: counts
-///                         phase u8 · outcome u8 and its numbers · router's memory: count, f32 x count
+///                         phase u8 · outcome u8 and its numbers
 ///                         maybe query window: capacity count · captured count
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first
+///                         router's memory: count, f32 x count
 /// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
 /// SEGM layer * 64 + tier  what the tier's representation writes. Row segments: heads count · per head:
 ///   head                  slots count · dead slots count
@@ -22,8 +23,8 @@
 ///                         · 2: the same, in the order in which tiers sent the rows
 ///                         log biases: maybe capacity count, f32 x slots
 ///                         accumulated attention: maybe capacity count, f32 x slots
-///                         token counts: maybe capacity count, u32 x slots
 ///                         keys · values
+///                         tokens per slot: maybe capacity count, u32 x slots
 ///   keys, values          body extents count · extents count · per extent:
 ///                         ┌ kind ┬ type ┬ bits ┬ 0 ┬ group u32 ┬ rows ┬ capacity ┬ first ┐   u8 each, then counts
 ///                         0      1      2      3   4           8      16         24      32

@@ -37,10 +37,10 @@ extension HeadRows {
       writer.bool(column != nil)
       column?.encode(to: &writer)
     }
-    writer.bool(counts != nil)
-    counts?.encode(to: &writer)
     keys.encode(to: &writer, backend: backend)
     values.encode(to: &writer, backend: backend)
+    writer.bool(counts != nil)
+    counts?.encode(to: &writer)
   }
 
   /// Fills empty rows.
@@ -63,13 +63,13 @@ extension HeadRows {
     if try reader.bool("whether there is accumulated attention") {
       score = try Column<Float>(from: &reader, count: slots, "attention sums", backend: backend) { $0.isFinite }
     }
+    keys = try RowStore(from: &reader, slots: slots, dim: keys.dim, format: keys.format, backend: backend)
+    values = try RowStore(from: &reader, slots: slots, dim: values.dim, format: values.format, backend: backend)
     if try reader.bool("whether there are token counts") {
       counts = try Column<UInt32>(from: &reader, count: slots, "token counts", backend: backend) { count in
         count >= 1 && count <= tokensSeen
       }
     }
-    keys = try RowStore(from: &reader, slots: slots, dim: keys.dim, format: keys.format, backend: backend)
-    values = try RowStore(from: &reader, slots: slots, dim: values.dim, format: values.format, backend: backend)
   }
 }
 
