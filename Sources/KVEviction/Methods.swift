@@ -4,5 +4,7 @@ public import KVCore
 public enum EvictionMethods {
   public static let all: [MethodDescription] = [
     Selection.streamingLLMMethod, Selection.h2oMethod, Selection.snapKVMethod,
+    Selection.pyramidKVMethod, Selection.adaSnapKVMethod, Selection.adaPyramidKVMethod,
+    Selection.pyramidMethod, Selection.adaKVMethod,
   ]
 }

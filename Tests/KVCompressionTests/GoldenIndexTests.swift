@@ -16,7 +16,8 @@ import Testing
 
   @Test(arguments: [
     ("dense.", 4), ("h2o.kvHeadsSum.", 6), ("h2o.queryHeads.", 6), ("streaming.", 1), ("snapkv.grouped.mean.", 14),
-    ("snapkv.grouped.max.", 14), ("snapkv.official.", 14), ("kivi.", 8),
+    ("snapkv.grouped.max.", 14), ("snapkv.official.", 14), ("kivi.", 8), ("adakv.", 12), ("pyramidkv.", 1),
+    ("kvpress.adakv.", 2), ("kvpress.snapkv.", 2),
   ])
   func entriesAreFound(prefix: String, count: Int) {
     #expect(Goldens.names(prefix).count == count)

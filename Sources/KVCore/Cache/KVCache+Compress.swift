@@ -146,6 +146,17 @@ extension KVCache {
     let routing: Routing?
     /// Nil where many layers are planned: the views of a long prompt's layers together would be large.
     let view: LayerView?
+    let allocation: EarlierAllocation
+  }
+
+  /// Where a layer stands among those the policy chooses in.
+  private func place(of state: LayerState) -> (index: Int, count: Int) {
+    var place = (index: 0, count: 0)
+    for other in layers where other.shape.cached && selects(other) {
+      if other.layer < state.layer { place.index += 1 }
+      place.count += 1
+    }
+    return place
   }
 
   private func plan(
@@ -157,24 +168,24 @@ extension KVCache {
     for state in states {
       let budgets = resolvedBudgets(state, room: room)
       let rows = (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }
-      var scores = ScoreTable()
-      scores.reset(counts: rows)
-      let view = LayerView(state, options: attention, backend: backend.operations)
-      let overBudget =
-        zip(rows, budgets).contains { $0 > $1 } || policy.tiers.count > 1 || policy.router.routesAlways
-      if overBudget || policy.allocator.spansLayers { try checkObserved(state) }
-      if overBudget || policy.allocator.spansLayers, let scorer = policy.scorer {
+      let view = LayerView(state, options: attention, backend: backend.operations, rotary: shape.rotary)
+      let place = place(of: state)
+      var request = AllocationRequest(
+        layer: state.layer, index: place.index, layers: place.count, tokensSeen: state.seen, rows: rows,
+        budget: budgets, scores: ScoreTable(counts: rows), protection: protection, earlier: state.allocation)
+      let wanted =
+        policy.tiers.count > 1 || policy.router.routesAlways || policy.allocator.needsScores(request)
+      if wanted { try checkObserved(state) }
+      if wanted, rows.contains(where: { $0 > 0 }), let scorer = policy.scorer {
         do throws(KVError) {
-          try scorer.score(view, into: &scores)
+          try scorer.score(view, into: &request.scores)
         } catch {
           throw error.at(layer: state.layer)
         }
-        try scores.checkOrdered(layer: state.layer)
+        try request.scores.checkOrdered(layer: state.layer)
       }
       views.append(view)
-      requests.append(
-        AllocationRequest(
-          layer: state.layer, rows: rows, budget: budgets, scores: scores, protection: protection))
+      requests.append(request)
     }
     let kept = try policy.allocator.allocate(requests)
     try check(kept, for: requests)
@@ -192,9 +203,15 @@ extension KVCache {
           throw error.at(layer: state.layer)
         }
         checkTiers(of: outcomes, in: views[index])
+        #if KV_INTERNAL_CHECKS
+          if policy.tiers.count == 1, policy.router is TopKRouter { outcomes.checkCounts(kept[index]) }
+        #endif
         routing = outcomes
       }
-      plans.append(LayerPlan(state: state, rows: rows, routing: routing, view: keepingViews ? views[index] : nil))
+      plans.append(
+        LayerPlan(
+          state: state, rows: rows, routing: routing, view: keepingViews ? views[index] : nil,
+          allocation: EarlierAllocation(kept: kept[index], budget: requests[index].budget, tokensSeen: state.seen)))
     }
     return plans
   }
@@ -275,6 +292,7 @@ extension KVCache {
 
   private func apply(_ plan: LayerPlan) throws(KVError) {
     let state = plan.state
+    if state.phase == .prefill { state.allocation = plan.allocation }
     let before = plan.rows.max() ?? 0
     guard let routing = plan.routing else {
       state.outcome = .withinBudget(rows: before)

@@ -126,6 +126,7 @@ public final class KVCache {
       try BudgetSplit.validate(sinks: protection.sinks, window: protection.window, budget: policy.budget)
       try policy.budget.validate(kvHeads: shape.layers.map(\.kvHeads))
     }
+    try policy.allocator.validate(shape)
     for (index, layer) in shape.layers.enumerated() where layer.cached {
       for tier in policy.tiers { try tier.factory.validate(layer: layer) }
       if let rotary = shape.rotary, rotary.headDim != layer.keyDim {

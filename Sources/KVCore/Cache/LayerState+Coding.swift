@@ -12,6 +12,14 @@ extension LayerState {
     queryWindow?.encode(to: &writer)
     writer.count(routerMemory.count)
     writer.array(routerMemory)
+    writer.bool(allocation != nil)
+    if let allocation {
+      writer.count(allocation.tokensSeen)
+      for head in 0..<shape.kvHeads {
+        writer.count(allocation.kept[head])
+        writer.count(allocation.budget[head])
+      }
+    }
   }
 
   /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
@@ -40,6 +48,16 @@ extension LayerState {
     }
     let remembered = try reader.count("numbers of the router", in: 0...SavedCache.maximumRemembered)
     routerMemory = try reader.array(of: Float.self, count: remembered, "numbers of the router")
+    if try reader.bool("whether there is an allocation") {
+      let tokens = try reader.count("the tokens of an allocation", in: 0...seen)
+      var kept: [Int] = []
+      var budget: [Int] = []
+      for _ in 0..<shape.kvHeads {
+        kept.append(try reader.count("the rows of an allocation", in: 0...tokens))
+        budget.append(try reader.count("the budget of an allocation", in: 0...SavedCache.maximumTokens))
+      }
+      allocation = EarlierAllocation(kept: kept, budget: budget, tokensSeen: tokens)
+    }
     try reader.finish()
 
     for (tier, store) in policy.tiers.enumerated() {

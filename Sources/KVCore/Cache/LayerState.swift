@@ -21,6 +21,8 @@ package final class LayerState {
   var outcome = LayerOutcome.untouched
   /// What the router remembers between its calls: a few numbers.
   var routerMemory: [Float] = []
+  /// What the last choice of the prompt gave the heads.
+  var allocation: EarlierAllocation?
 
   enum Phase: UInt8 { case prefill = 0, decode = 1 }
 
@@ -45,6 +47,7 @@ package final class LayerState {
     frozenBelow = other.frozenBelow
     outcome = other.outcome
     routerMemory = other.routerMemory
+    allocation = other.allocation
   }
 
   func liveRows(head: Int) -> Int { segments.reduce(0) { $0 + $1.liveCount(head: head) } }

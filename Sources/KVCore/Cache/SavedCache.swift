@@ -16,6 +16,7 @@
 ///                         maybe query window: capacity count · captured count
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first
 ///                         router's memory: count, f32 x count
+///                         maybe allocation: tokens seen · per KV head rows kept, budget: counts
 /// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
 /// SEGM layer * 64 + tier  what the tier's representation writes. Row segments: heads count · per head:
 ///   head                  slots count · dead slots count

@@ -14,6 +14,12 @@ public final class LayerView {
   private let queryWindow: QueryWindow?
   private let options: AttentionOptions
   let backend: any ComputeBackend
+  /// How the model rotates keys and queries, where the engine said so.
+  public let rotary: RotaryEmbedding?
+  /// The prompt is finished: tokens come one by one.
+  public let isDecoding: Bool
+  /// What the layer was allocated when its prompt was finished.
+  public let earlier: EarlierAllocation?
 
   /// Which slot of which segment a live row is.
   package struct RowReference: BitwiseCopyable {
@@ -31,7 +37,12 @@ public final class LayerView {
   private var owners: ContiguousArray<Int32> = []
   private var starts: [Int] = [0]
 
-  init(_ state: LayerState, options: AttentionOptions, backend: any ComputeBackend) {
+  init(
+    _ state: LayerState, options: AttentionOptions, backend: any ComputeBackend, rotary: RotaryEmbedding? = nil
+  ) {
+    self.rotary = rotary
+    isDecoding = state.phase == .decode
+    earlier = state.allocation
     layer = state.layer
     shape = state.shape
     tokensSeen = state.seen

@@ -5,6 +5,9 @@ public struct ScoreTable: Sendable {
 
   public init() {}
 
+  /// Zeros for `counts[h]` rows of head h.
+  public init(counts: [Int]) { reset(counts: counts) }
+
   /// Zeros for `counts[h]` rows of head h. Keeps its memory.
   public mutating func reset(counts: [Int]) {
     starts.removeAll(keepingCapacity: true)

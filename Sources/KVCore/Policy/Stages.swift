@@ -12,26 +12,83 @@ public protocol Scorer: Sendable {
 
 /// Stage two: how many rows may each layer and head keep?
 public protocol Allocator: Sendable {
-  /// True when budgets of one layer depend on the others: all layers are then scored before any is compressed.
+  /// True when budgets of one layer depend on the others: all layers are then scored before any is compressed. While
+  /// decoding, layers still come one by one, with what they got when all were compared in ``AllocationRequest/earlier``.
   var spansLayers: Bool { get }
+  /// Whether rows of this layer may have to go, so that scores are wanted; those of `request` are not made yet.
+  func needsScores(_ request: AllocationRequest) -> Bool
+  /// Refuses models it has no numbers for.
+  func validate(_ shape: ModelShape) throws(KVError)
   /// Rows to keep, everything included, for each request and KV head. At most the rows there are.
   func allocate(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]]
 }
 
 extension Allocator {
   public var spansLayers: Bool { false }
+  public func needsScores(_ request: AllocationRequest) -> Bool {
+    spansLayers || zip(request.rows, request.budget).contains { $0 > $1 }
+  }
+  public func validate(_ shape: ModelShape) throws(KVError) {}
+}
+
+/// Divides budgets between layers and leaves their heads to another allocator, so that the two combine.
+public protocol LayerAllocator: Allocator {
+  var heads: any Allocator { get set }
 }
 
 /// One layer that wants rows.
 public struct AllocationRequest: Sendable {
   public let layer: Int
+  /// Its place among the ``layers`` the policy chooses in: layers without a cache or with a sliding window do not count.
+  public let index: Int
+  public let layers: Int
+  /// Tokens the layer has ever seen.
+  public let tokensSeen: Int
   /// Live rows per KV head.
   public let rows: [Int]
   /// What the policy's budget resolves to, per KV head.
-  public let budget: [Int]
-  public let scores: ScoreTable
+  public var budget: [Int]
+  public package(set) var scores: ScoreTable
   /// Rows that must stay whatever their score.
   public let protection: Protection
+  /// What was allocated when the prompt was finished. Nil until then.
+  public let earlier: EarlierAllocation?
+
+  package init(
+    layer: Int, index: Int, layers: Int, tokensSeen: Int, rows: [Int], budget: [Int], scores: ScoreTable,
+    protection: Protection, earlier: EarlierAllocation?
+  ) {
+    self.layer = layer
+    self.index = index
+    self.layers = layers
+    self.tokensSeen = tokensSeen
+    self.rows = rows
+    self.budget = budget
+    self.scores = scores
+    self.protection = protection
+    self.earlier = earlier
+  }
+
+  /// The rows of a head that no score can remove, within its budget.
+  public func protectedRows(head: Int) -> Int {
+    let split = protection.split(kept: min(budget[head], rows[head]), of: rows[head])
+    return split.sinks + split.window
+  }
+}
+
+/// What a layer was allocated at the end of its prompt, for choices made while decoding.
+public struct EarlierAllocation: Hashable, Sendable {
+  /// Rows kept, per KV head.
+  public let kept: [Int]
+  /// What the policy's budget was then, per KV head.
+  public let budget: [Int]
+  public let tokensSeen: Int
+
+  package init(kept: [Int], budget: [Int], tokensSeen: Int) {
+    self.kept = kept
+    self.budget = budget
+    self.tokensSeen = tokensSeen
+  }
 }
 
 /// Stage three: where does each row go?
@@ -127,6 +184,14 @@ public struct Routing: Sendable {
       rows.lowerBound >= 0 && start + rows.upperBound <= starts[head + 1], "rows \(rows) of head \(head)")
     outcomes.withUnsafeMutableBufferPointer { buffer in
       for row in rows { buffer[start + row] = outcome }
+    }
+  }
+
+  /// Exactly `kept[h]` rows of every head survive: what a router promises.
+  package func checkCounts(_ kept: [Int]) {
+    for head in kept.indices {
+      let survivors = outcomes[starts[head]..<starts[head + 1]].reduce(0) { $0 + ($1 == .dropped ? 0 : 1) }
+      precondition(survivors == kept[head], "\(survivors) rows of head \(head) routed, \(kept[head]) allocated")
     }
   }
 

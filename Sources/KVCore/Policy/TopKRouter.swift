@@ -3,25 +3,35 @@
 ///
 /// Equal scores: the lower position wins. O(rows) per head plus sorting what is kept.
 public struct TopKRouter: Router {
-  public let protection: Protection
+  public var protection: Protection
   /// Where the rows go that are not kept.
-  public let others: Routing.Outcome
+  public var others: Routing.Outcome
+  /// Which rows between sinks and window stay. Nil: those with the largest scores, each head for itself.
+  public var rule: (any SelectionRule)?
 
-  public init(_ protection: Protection = Protection(), others: Routing.Outcome = .dropped) {
+  public init(
+    _ protection: Protection = Protection(), others: Routing.Outcome = .dropped, rule: (any SelectionRule)? = nil
+  ) {
     self.protection = protection
     self.others = others
+    self.rule = rule
   }
 
   public var tierCount: Int { others == .dropped ? 1 : Int(others.rawValue) + 1 }
 
   public func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) {
+    var splits: [BudgetSplit] = []
     for head in 0..<scores.headCount {
       let count = scores.rowCount(head: head)
       let split = protection.split(kept: kept[head], of: count)
-      let middle = split.sinks..<count - split.window
-      routing.send(head: head, rows: 0..<split.sinks, to: .tier(0))
+      let middle = split.candidates
+      routing.send(head: head, rows: split.sinkRange, to: .tier(0))
       routing.send(head: head, rows: middle, to: others)
-      routing.send(head: head, rows: middle.upperBound..<count, to: .tier(0))
+      routing.send(head: head, rows: split.windowRange, to: .tier(0))
+      if rule != nil {
+        splits.append(split)
+        continue
+      }
       let start = scores.range(head: head).lowerBound
       let candidates = scores.values[start + middle.lowerBound..<start + middle.upperBound]
       if candidates.count - split.chosen == 1, let lowest = lastOfSmallest(candidates) {
@@ -34,6 +44,30 @@ public struct TopKRouter: Router {
         routing[head, middle.lowerBound + offset] = .tier(0)
       }
     }
+    rule?.choose(layer, scores: scores, splits: splits, into: &routing)
+  }
+}
+
+/// Which of the rows between sinks and window stay, where that is not simply the best of each head.
+public protocol SelectionRule: Sendable {
+  /// Sends exactly `splits[h].chosen` of the candidates of head h to tier 0; they arrive sent elsewhere. Cannot fail.
+  func choose(_ layer: LayerView, scores: ScoreTable, splits: [BudgetSplit], into routing: inout Routing)
+}
+
+extension Selection {
+  /// The same selection with another rule for the rows between sinks and window.
+  ///
+  /// - Throws: `unsupported` where the selection routes by itself and asks no score.
+  public func ruled(by rule: any SelectionRule, _ modifier: StageSpec) throws(KVError) -> Selection {
+    guard var router = router as? TopKRouter else {
+      throw KVError(
+        .unsupported,
+        "\(modifier.name) chooses by scores; \(spec?.description ?? "a text without a selection") has none to choose by"
+      )
+    }
+    router.rule = rule
+    let changed = router
+    return modified(by: modifier) { $0.router = changed }
   }
 }
 
@@ -68,6 +102,23 @@ package func selectLargest(_ count: Int, of values: ArraySlice<Float>, take: (In
       equal -= 1
       take(offset)
     }
+  }
+}
+
+extension ScoreTable {
+  /// Calls `take` with the rows of the `count` largest scores of a head within `rows`; of equal ones the earliest.
+  /// Ascending. O(rows).
+  public func forEachLargest(_ count: Int, head: Int, in rows: Range<Int>, take: (Int) -> Void) {
+    let start = range(head: head).lowerBound
+    precondition(rows.lowerBound >= 0 && rows.upperBound <= rowCount(head: head), "rows \(rows) of head \(head)")
+    selectLargest(count, of: values[start + rows.lowerBound..<start + rows.upperBound]) { take(rows.lowerBound + $0) }
+  }
+}
+
+extension ArraySlice<Float> {
+  /// The value that is `rank`-th when sorted descending, 1-based; nil when there is none. O(count).
+  package func largest(rank: Int) -> Float? {
+    indices.isEmpty || rank < 1 || rank > count ? nil : nthLargest(rank, of: self)
   }
 }
 

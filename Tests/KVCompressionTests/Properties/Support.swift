@@ -292,9 +292,9 @@ func makeCache(
 extension Selection {
   /// The same choice at other times.
   func scheduled(_ schedule: Schedule) -> Selection {
-    Selection(
-      spec: spec, scorer: scorer, budget: budget, allocator: allocator, router: router, schedule: schedule,
-      positions: positions)
+    var copy = self
+    copy.schedule = schedule
+    return copy
   }
 }
 

@@ -58,7 +58,7 @@ extension KVCache {
     try (0..<shape.layers[0].kvHeads).map { try rows(layer: 0, head: $0) }
   }
 
-  var view: LayerView { LayerView(layers[0], options: attention, backend: backend.operations) }
+  var view: LayerView { LayerView(layers[0], options: attention, backend: backend.operations, rotary: shape.rotary) }
 
   /// Attention every live row has received, per KV head.
   func accumulated() -> [[Float]] {
