@@ -157,6 +157,29 @@ CKV_INLINE void ckv_pack_row(uint8_t *codes, uint32_t n, uint32_t bits, uint32_t
   ckv_pack_plane(high, n, 1, words + ckv_plane_words(n, 2));
 }
 
+/* ---- rotation --------------------------------------------------------------------------------------------------- */
+
+/* 2^(-k/2) for a block of 2^k, rounded once, without libm. */
+CKV_INLINE float ckv_hadamard_scale(uint32_t block) {
+  float scale = 1;
+  for (; block >= 4; block /= 4) scale *= 0.5f;
+  return block == 2 ? scale * 0.70710678118654752f : scale;
+}
+
+CKV_INLINE void ckv_hadamard_block(float *x, uint32_t block) {
+  for (uint32_t h = 1; h < block; h *= 2) {
+    for (uint32_t i = 0; i < block; i += 2 * h) {
+      for (uint32_t j = i; j < i + h; j++) {
+        float a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+    }
+  }
+  float scale = ckv_hadamard_scale(block);
+  for (uint32_t i = 0; i < block; i++) x[i] *= scale;
+}
+
 /* ---- levels --------------------------------------------------------------------------------------------------- */
 
 extern const ckv_kernels ckv_portable;

@@ -161,3 +161,13 @@ CKV_INLINE void vf_transpose(const float *from, size_t from_stride, float *to, s
     _mm256_storeu_ps(to + (size_t)(4 + k) * to_stride, _mm256_permute2f128_ps(b[k], b[4 + k], 0x31));
   }
 }
+
+/* Sums and differences of lanes 1, 2 and 4 apart: a Walsh-Hadamard transform of one vector, unscaled. */
+CKV_INLINE vf vf_butterflies(vf x) {
+  vf y = _mm256_permute_ps(x, 0xb1);
+  x = _mm256_blend_ps(x + y, y - x, 0xaa);
+  y = _mm256_permute_ps(x, 0x4e);
+  x = _mm256_blend_ps(x + y, y - x, 0xcc);
+  y = _mm256_permute2f128_ps(x, x, 0x01);
+  return _mm256_blend_ps(x + y, y - x, 0xf0);
+}

@@ -134,3 +134,15 @@ CKV_INLINE void vf_transpose(const float *from, size_t from_stride, float *to, s
     _mm512_storeu_ps(to + (size_t)(12 + k) * to_stride, _mm512_shuffle_f32x4(low13, high13, 0xdd));
   }
 }
+
+/* Sums and differences of lanes 1, 2, 4 and 8 apart: a Walsh-Hadamard transform of one vector, unscaled. */
+CKV_INLINE vf vf_butterflies(vf x) {
+  vf y = _mm512_permute_ps(x, 0xb1);
+  x = _mm512_mask_sub_ps(x + y, 0xaaaa, y, x);
+  y = _mm512_permute_ps(x, 0x4e);
+  x = _mm512_mask_sub_ps(x + y, 0xcccc, y, x);
+  y = _mm512_shuffle_f32x4(x, x, 0xb1);
+  x = _mm512_mask_sub_ps(x + y, 0xf0f0, y, x);
+  y = _mm512_shuffle_f32x4(x, x, 0x4e);
+  return _mm512_mask_sub_ps(x + y, 0xff00, y, x);
+}

@@ -148,3 +148,12 @@ CKV_INLINE void vf_transpose(const float *from, size_t from_stride, float *to, s
   vst1q_f32(to + 2 * to_stride, vreinterpretq_f32_f64(vtrn2q_f64(ab0, cd0)));
   vst1q_f32(to + 3 * to_stride, vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1)));
 }
+
+/* Sums and differences of lanes 1 and 2 apart: a Walsh-Hadamard transform of one vector, unscaled. */
+CKV_INLINE vf vf_butterflies(vf x) {
+  const vi odd = {0, ~0u, 0, ~0u}, high = {0, 0, ~0u, ~0u};
+  vf y = vrev64q_f32(x);
+  x = vbslq_f32(odd, y - x, x + y);
+  y = vextq_f32(x, x, 2);
+  return vbslq_f32(high, y - x, x + y);
+}

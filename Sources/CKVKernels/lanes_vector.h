@@ -122,6 +122,32 @@ static float dot(const float *x, const float *y, size_t n) {
   return vf_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+/* Neighbours inside a vector first, then vectors: the order of portable. */
+CKV_INLINE void v_hadamard_block(float *x, uint32_t block) {
+  for (uint32_t i = 0; i < block; i += VN) vf_store(x + i, vf_butterflies(vf_load(x + i)));
+  for (uint32_t h = VN; h < block; h *= 2) {
+    for (uint32_t i = 0; i < block; i += 2 * h) {
+      for (uint32_t j = i; j < i + h; j += VN) {
+        vf a = vf_load(x + j), b = vf_load(x + j + h);
+        vf_store(x + j, a + b);
+        vf_store(x + j + h, a - b);
+      }
+    }
+  }
+  vf scale = vf_set1(ckv_hadamard_scale(block));
+  for (uint32_t i = 0; i < block; i += VN) vf_store(x + i, vf_load(x + i) * scale);
+}
+
+static void hadamard(float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t block) {
+  if (block < 2) return;
+  for (uint32_t r = 0; r < count; r++) {
+    for (uint32_t c = 0; c < dim; c += block) {
+      if (block < VN) ckv_hadamard_block(rows + r * stride + c, block);
+      else v_hadamard_block(rows + r * stride + c, block);
+    }
+  }
+}
+
 /* Four sums, so that the additions do not wait for each other. `n` is a multiple of 256 bytes. */
 static uint64_t read_memory(const void *data, size_t n) {
   const uint32_t *p = data, *end = p + n / 4;

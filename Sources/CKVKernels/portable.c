@@ -207,6 +207,12 @@ static void encode_row(const void *src, uint32_t src_type, size_t src_stride, ui
   }
 }
 
+static void hadamard(float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t block) {
+  if (block < 2) return;
+  for (uint32_t r = 0; r < count; r++)
+    for (uint32_t c = 0; c < dim; c += block) ckv_hadamard_block(rows + r * stride + c, block);
+}
+
 static uint64_t read_memory(const void *data, size_t n) {
   uint64_t sum = 0;
   for (const uint64_t *p = data, *end = p + n / 8; p < end; p++) sum += *p;
@@ -230,5 +236,6 @@ const ckv_kernels ckv_portable = {
     .encode_channel = encode_channel,
     .encode_row = encode_row,
     .decode = decode,
+    .hadamard = hadamard,
     .read_memory = read_memory,
 };

@@ -67,12 +67,36 @@ struct RowAttention {
   let scale: Float
   let softcap: Float
   let slidingWindow: Int
-  /// [query rows][blockRows] logits, then kernel scratch.
+  /// [query rows][blockRows] logits, then kernel scratch, then queries or sums behind the map of some rows.
   let logits: UnsafeMutablePointer<Float>
   let scratch: UnsafeMutablePointer<Float>
+  let mapped: UnsafeMutablePointer<Float>
 
   static func floats(rows: Int, keyDim: Int, valueDim: Int) -> Int {
-    rows * blockRows + Int(ckv_scratch_floats(UInt32(max(keyDim, valueDim)), UInt32(rows)))
+    let dim = UInt32(max(keyDim, valueDim))
+    return rows * blockRows + kernelFloats(rows: rows, dim: dim) + Int(ckv_mapped_floats(dim, UInt32(rows)))
+  }
+
+  /// Whole cache lines, so that what follows stays aligned.
+  private static func kernelFloats(rows: Int, dim: UInt32) -> Int {
+    (Int(ckv_scratch_floats(dim, UInt32(rows))) + 15) / 16 * 16
+  }
+
+  /// - Parameter memory: `floats(rows:keyDim:valueDim:)` of them.
+  init(
+    kernels: UnsafePointer<ckv_kernels>, plan: AttentionPlanView, keyDim: Int, valueDim: Int, scale: Float,
+    softcap: Float, slidingWindow: Int, rows: Int, memory: UnsafeMutablePointer<Float>
+  ) {
+    self.kernels = kernels
+    self.plan = plan
+    self.keyDim = keyDim
+    self.valueDim = valueDim
+    self.scale = scale
+    self.softcap = softcap
+    self.slidingWindow = slidingWindow
+    logits = memory
+    scratch = memory + rows * blockRows
+    mapped = scratch + RowAttention.kernelFloats(rows: rows, dim: UInt32(max(keyDim, valueDim)))
   }
 
   /// Adds rows `range` of `work` to the partial. With `kept`, the exponentials are also left there, at the row's own
@@ -211,12 +235,13 @@ struct RowAttention {
     _ slices: Range<Int>, _ range: Range<Int>, _ queries: QueryBlock, into target: UnsafeMutablePointer<Float>,
     stride: Int
   ) {
-    let logits = kernels.pointee.logits!
     forEach(slices, range) { run, first, count, offset in
-      withUnsafePointer(to: run) {
-        logits(
-          $0, UInt32(first), UInt32(count), queries.base, UInt32(queries.rows), keyDim, scale, target + offset,
-          stride, scratch)
+      run.withKernelMap { map in
+        withUnsafePointer(to: run.kernelRun) {
+          ckv_mapped_logits(
+            kernels, map, $0, UInt32(first), UInt32(count), queries.base, UInt32(queries.rows), keyDim, scale,
+            target + offset, stride, scratch, mapped)
+        }
       }
     }
   }
@@ -225,18 +250,19 @@ struct RowAttention {
     _ slices: Range<Int>, _ range: Range<Int>, weights: UnsafePointer<Float>, stride: Int, rows: Int,
     _ partial: PartialBlock
   ) {
-    let accumulate = kernels.pointee.accumulate!
     forEach(slices, range) { run, first, count, offset in
-      withUnsafePointer(to: run) {
-        accumulate(
-          $0, UInt32(first), UInt32(count), weights + offset, UInt32(rows), stride, partial.accumulators, valueDim,
-          scratch)
+      run.withKernelMap { map in
+        withUnsafePointer(to: run.kernelRun) {
+          ckv_mapped_accumulate(
+            kernels, map, $0, UInt32(first), UInt32(count), weights + offset, UInt32(rows), stride,
+            partial.accumulators, valueDim, scratch, mapped)
+        }
       }
     }
   }
 
   /// Calls `body(run, first row of the run, count, offset from range.lowerBound)` for every slice that meets `range`.
-  private func forEach(_ slices: Range<Int>, _ range: Range<Int>, _ body: (ckv_run, Int, Int, Int) -> Void) {
+  private func forEach(_ slices: Range<Int>, _ range: Range<Int>, _ body: (RowRun, Int, Int, Int) -> Void) {
     var start = 0
     for index in slices {
       let slice = plan.slices[index]
@@ -244,7 +270,7 @@ struct RowAttention {
       if end > range.lowerBound, start < range.upperBound {
         let low = max(start, range.lowerBound)
         let high = min(end, range.upperBound)
-        body(slice.run.kernelRun, slice.first + low - start, high - low, low - range.lowerBound)
+        body(slice.run, slice.first + low - start, high - low, low - range.lowerBound)
       }
       if end >= range.upperBound { return }
       start = end

@@ -171,8 +171,7 @@ extension CPUBackend {
   ) -> RowAttention {
     RowAttention(
       kernels: kernels, plan: view, keyDim: sequence.keyDim, valueDim: sequence.valueDim, scale: sequence.scale,
-      softcap: sequence.softcap, slidingWindow: sequence.slidingWindow, logits: scratch,
-      scratch: scratch + rows * blockRows)
+      softcap: sequence.softcap, slidingWindow: sequence.slidingWindow, rows: rows, memory: scratch)
   }
 
   /// Merges the partials of one head in row order, writes the output, adds the statistics.

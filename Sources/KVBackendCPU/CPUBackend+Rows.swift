@@ -69,6 +69,7 @@ extension CPUBackend {
     switch range {
     case .window: return nil
     case .half: return source == .f16 || type == .f16 ? nil : firstBeyondHalf(elements, type, count)
+    case .magnitude(let limit): return firstBeyond(limit, elements, type, count)
     case .halfOfFloat: return firstBeyondHalfOfFloat(elements, type, count)
     }
   }
@@ -82,6 +83,24 @@ extension CPUBackend {
     }
     let bits = UnsafeBufferPointer(start: elements.assumingMemoryBound(to: UInt16.self), count: count)
     return type == .bf16 ? bits.firstIndex { abs(Float(bitPattern: UInt32($0) << 16)) > limit } : nil
+  }
+
+  /// Index of the first element beyond a magnitude.
+  private func firstBeyond(
+    _ limit: Float, _ elements: UnsafeRawPointer, _ type: ElementType, _ count: Int
+  ) -> Int? {
+    let block = 1024
+    return withUnsafeTemporaryAllocation(of: Float.self, capacity: block) { buffer in
+      guard let scratch = buffer.baseAddress else { return nil }
+      for start in stride(from: 0, to: count, by: block) {
+        let length = min(block, count - start)
+        kernels.pointee.convert!(
+          scratch, UInt32(ElementType.f32.rawValue), elements + start * type.byteCount, UInt32(type.rawValue), length)
+        let index = ckv_first_beyond(scratch, length, limit)
+        if index >= 0 { return start + Int(index) }
+      }
+      return nil
+    }
   }
 
   /// Index of the first element that is infinite in f16.
@@ -106,8 +125,36 @@ extension CPUBackend {
   }
 
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
-    var run = slice.run.kernelRun
-    kernels.pointee.decode!(&run, UInt32(slice.first), UInt32(slice.count), destination, stride)
+    slice.run.withKernelMap { map in
+      withUnsafePointer(to: slice.run.kernelRun) {
+        ckv_mapped_decode(kernels, map, $0, UInt32(slice.first), UInt32(slice.count), destination, stride)
+      }
+    }
+  }
+
+  package func channelRange(
+    _ sources: UnsafeBufferPointer<RunSlice>, map: UnsafePointer<MapDescriptor>?, low: UnsafeMutablePointer<Float>,
+    high: UnsafeMutablePointer<Float>
+  ) {
+    let block = 256
+    for source in sources where source.count > 0 {
+      let dim = source.run.dim
+      withUnsafeTemporaryAllocation(of: Float.self, capacity: min(block, source.count) * dim) { buffer in
+        guard let rows = buffer.baseAddress else { return }
+        for first in Swift.stride(from: 0, to: source.count, by: block) {
+          let count = min(block, source.count - first)
+          read(RunSlice(run: source.run, first: source.first + first, count: count), into: rows, stride: dim)
+          if let map = map?.pointee {
+            // Signs, rotation and order only: the numbers are what is looked for.
+            var fixed = map.kernelMap
+            fixed.factor = nil
+            fixed.offset = nil
+            ckv_map_rows(kernels, &fixed, rows, dim, UInt32(count))
+          }
+          ckv_channel_range(rows, dim, UInt32(count), UInt32(dim), low, high)
+        }
+      }
+    }
   }
 
   package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {
@@ -144,6 +191,9 @@ extension CPUBackend {
             offset = 0
           }
         }
+        target.withKernelMap { map in
+          if let map { ckv_map_rows(kernels, map, scratch, dim, UInt32(count)) }
+        }
         encode(scratch, rows: count, to: target, row: next)
         next += count
         done += count
@@ -153,7 +203,7 @@ extension CPUBackend {
 
   private func verbatim(_ source: RunSlice, _ target: RowRun, row: Int) -> Bool {
     let unit = target.encoding.rowsPerUnit
-    return source.run.encoding == target.encoding && source.first % unit == 0 && source.count % unit == 0
+    return source.run.encoding == target.encoding && source.run.map == target.map && source.first % unit == 0 && source.count % unit == 0
       && row % unit == 0
   }
 

@@ -53,8 +53,7 @@ extension CPUBackend {
       let rows = count * group
       let attention = RowAttention(
         kernels: kernels, plan: view, keyDim: request.keyDim, valueDim: 0, scale: request.scale,
-        softcap: request.softcap, slidingWindow: 0, logits: memory + scratch,
-        scratch: memory + scratch + m * blockRows)
+        softcap: request.softcap, slidingWindow: 0, rows: m, memory: memory + scratch)
       gatherQueries(
         request, kvHead: request.heads[work.lowerBound].kvHead, tokens: first..<first + count, into: memory + queries)
       let block = PartialBlock(at: memory + partial, rows: rows)

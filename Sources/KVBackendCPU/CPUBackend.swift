@@ -116,11 +116,25 @@ package final class CPUBackend: ComputeBackend {
 }
 
 extension RowRun {
+  /// Calls `body` with the map the kernels take, nil for none.
+  func withKernelMap<Result>(_ body: (UnsafePointer<ckv_map>?) -> Result) -> Result {
+    guard let map = map?.pointee else { return body(nil) }
+    return withUnsafePointer(to: map.kernelMap, body)
+  }
+
   /// The description the kernels take.
   var kernelRun: ckv_run {
     ckv_run(
       kind: UInt32(encoding.kind.rawValue), dtype: UInt32(encoding.type.rawValue), bits: UInt32(encoding.bits),
       group: UInt32(encoding.group), dim: UInt32(dim), rows: UInt32(capacity), row_stride: Int64(dim),
       data: UnsafeRawPointer(base), scale: UnsafeRawPointer(scales), min: UnsafeRawPointer(minima))
+  }
+}
+
+extension MapDescriptor {
+  var kernelMap: ckv_map {
+    ckv_map(
+      dim: UInt32(dim), block: UInt32(block), dtype: UInt32(type.rawValue), sign: signs, factor: factors,
+      offset: offsets, order: order)
   }
 }

@@ -4,7 +4,7 @@
 /// let policy = try PolicyRegistry.standard.policy("snapkv(budget=0.25,window=32)+kivi(bits=2)")
 /// ```
 /// First stands what chooses tokens, then what modifies that choice, then what stores them: one store, or the tiers a
-/// modifier routes to. Each may be missing. Every option has its documented name and default.
+/// modifier routes to, each with what modifies it behind it. Each may be missing. Every option has its documented name and default.
 public struct PolicyRegistry: Sendable {
   public private(set) var methods: [MethodDescription]
 
@@ -39,7 +39,7 @@ public struct PolicyRegistry: Sendable {
     var stores: [Store] = []
     for stage in spec.stages {
       let part = try part(for: stage)
-      if !stores.isEmpty, part.isStore == false {
+      if !stores.isEmpty, part.stores == false {
         throw KVError(
           .invalidOption, "what chooses tokens stands left of what stores them; \(stage.name) stands right",
           offset: stage.offset)
@@ -58,6 +58,12 @@ public struct PolicyRegistry: Sendable {
           throw error.at(offset: stage.offset)
         }
       case .store(let store): stores.append(store)
+      case .storeModifier(let change):
+        do throws(KVError) {
+          stores.append(try change(stores.popLast() ?? .dense(.f16)))
+        } catch {
+          throw error.at(offset: stage.offset)
+        }
       }
     }
     let chosen = selection ?? .everything
@@ -85,7 +91,11 @@ public struct PolicyRegistry: Sendable {
 }
 
 extension MethodDescription.Part {
-  fileprivate var isStore: Bool {
-    if case .store = self { true } else { false }
+  /// Whether it is, or changes, what stores tokens.
+  fileprivate var stores: Bool {
+    switch self {
+    case .store, .storeModifier: true
+    case .selection, .modifier: false
+    }
   }
 }

@@ -43,6 +43,10 @@ enum {
      * the high bit as for 1 bit (W is the sum of both).
      * scale[r][ng], min[r][ng] in `dtype`, ng = ceil(dim/group); the last group may be short. */
     CKV_AFFINE_ROW = 2,
+
+    /* Codes without metadata, laid out as CKV_AFFINE_ROW: value = code. Only behind a `ckv_map` that gives them their
+     * scale; the functions ckv_mapped_... take such runs, the kernels of a level do not. */
+    CKV_CODES_ROW = 3,
 };
 
 /* Measures of two rows: x.y, the cosine, |x - y|^2, |x + y|^2. */
@@ -61,6 +65,24 @@ typedef struct {
     const void *scale;
     const void *min;
 } ckv_run;
+
+/* The map between rows of a model and rows of a run that was encoded behind it:
+ *
+ *     y = (P H S x - offset) / factor        x = S H P' (factor y + offset)
+ *
+ * S: a sign per channel. H: the orthonormal Walsh-Hadamard transform of every `block` channels, its own inverse.
+ * P: y[c] = z[order[c]]. A null pointer, and a block of 1, leave that part out. Dividing by a factor of 0 gives 0.
+ * Attention never restores rows: with r = P H S q, a key's logit is (factor r) . y + r . offset, and the weighted sum of
+ * values is restored after the sum. */
+typedef struct {
+    uint32_t dim;
+    uint32_t block;        /* a power of two that divides dim */
+    uint32_t dtype;        /* type of factor and offset */
+    const float *sign;     /* 1 or -1 per channel */
+    const void *factor;
+    const void *offset;
+    const uint32_t *order; /* a permutation of 0 ..< dim */
+} ckv_map;
 
 /* Result of the operations that look at input values. */
 typedef struct {
@@ -140,11 +162,49 @@ typedef struct {
      * (no fused multiply-add), so that every CPU level gives the same bits. */
     void (*decode)(const ckv_run *run, uint32_t first, uint32_t count, float *out, size_t out_stride);
 
+    /* In place, for every row and every `block` channels: the orthonormal Walsh-Hadamard transform. Butterflies over
+     * distances 1, 2, 4 ... in that order, then one multiplication; no fused operation: the same bits at every level.
+     * `block` is a power of two that divides dim. */
+    void (*hadamard)(float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t block);
+
     /* ---- memory bandwidth, for benchmarks ------------------------------------------------------------------ */
 
     /* Reads n bytes (multiple of 256, 64-byte aligned) as fast as the level can, returns a checksum. */
     uint64_t (*read_memory)(const void *data, size_t n);
 } ckv_kernels;
+
+/* ---- rows behind a map ------------------------------------------------------------------------------------------ */
+
+/* What each function calls `map` may be null: then it is the kernel of the level, for every kind of run. */
+
+/* As `logits`. `mapped` has room for ckv_mapped_floats(dim, m) floats; unused without a map. */
+void ckv_mapped_logits(const ckv_kernels *k, const ckv_map *map, const ckv_run *run, uint32_t first, uint32_t count,
+                       const float *q, uint32_t m, size_t q_stride, float scale, float *out, size_t ld, float *scratch,
+                       float *mapped);
+
+/* As `accumulate`. */
+void ckv_mapped_accumulate(const ckv_kernels *k, const ckv_map *map, const ckv_run *run, uint32_t first,
+                           uint32_t count, const float *p, uint32_t m, size_t ld, float *acc, size_t acc_stride,
+                           float *scratch, float *mapped);
+
+/* As `decode`: rows of the model. */
+void ckv_mapped_decode(const ckv_kernels *k, const ckv_map *map, const ckv_run *run, uint32_t first, uint32_t count,
+                       float *out, size_t out_stride);
+
+/* Rows of the model to rows that are encoded, in place. */
+void ckv_map_rows(const ckv_kernels *k, const ckv_map *map, float *rows, size_t stride, uint32_t count);
+
+/* Rounds values to codes 0 ... 2^bits - 1, nearest even, clamped; the layout of CKV_CODES_ROW. */
+void ckv_encode_codes(const float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t bits, uint32_t *codes);
+
+/* Smallest and largest value of every channel. low and high hold a range already, infinities at first. */
+void ckv_channel_range(const float *rows, size_t stride, uint32_t count, uint32_t dim, float *low, float *high);
+
+/* Index of the first of n values beyond +-limit, or -1. */
+int64_t ckv_first_beyond(const float *x, size_t n, float limit);
+
+/* Floats of `mapped` for rows of `dim` channels and m query rows. */
+size_t ckv_mapped_floats(uint32_t dim, uint32_t m);
 
 /* Floats of scratch that logits and accumulate need for rows of `dim` channels and m query rows. */
 size_t ckv_scratch_floats(uint32_t dim, uint32_t m);

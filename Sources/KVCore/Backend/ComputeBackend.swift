@@ -37,6 +37,12 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// verbatim (same encoding, whole units) as the encodings ask. Per-channel targets get whole groups.
   func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int)
 
+  /// The smallest and the largest value of every channel of some rows, behind the fixed part of `map`. `low` and `high`
+  /// hold a range already, infinities at first; a backend without rows leaves it.
+  func channelRange(
+    _ sources: UnsafeBufferPointer<RunSlice>, map: UnsafePointer<MapDescriptor>?, low: UnsafeMutablePointer<Float>,
+    high: UnsafeMutablePointer<Float>)
+
   /// Rows as f32, `stride` floats apart, in host memory.
   func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int)
 
@@ -76,6 +82,8 @@ package enum ElementRange: Hashable, Sendable {
   case half
   /// Half of what f32 holds: a group's range, the difference of two values, must be finite too.
   case halfOfFloat
+  /// At most that: rows grow before they are encoded.
+  case magnitude(Float)
 
   /// For error texts.
   package var largest: Float {
@@ -83,6 +91,7 @@ package enum ElementRange: Hashable, Sendable {
     case .window: .greatestFiniteMagnitude
     case .half: 65504
     case .halfOfFloat: .greatestFiniteMagnitude / 2
+    case .magnitude(let limit): limit
     }
   }
 }

@@ -16,6 +16,11 @@ package final class DryRunBackend: ComputeBackend {
   package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? { nil }
   package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {}
 
+  package func channelRange(
+    _ sources: UnsafeBufferPointer<RunSlice>, map: UnsafePointer<MapDescriptor>?, low: UnsafeMutablePointer<Float>,
+    high: UnsafeMutablePointer<Float>
+  ) {}
+
   /// Zeros: a scorer that looks at keys sees equal ones, never what happened to lie in memory.
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
     for row in 0..<slice.count { (destination + row * stride).update(repeating: 0, count: slice.run.dim) }

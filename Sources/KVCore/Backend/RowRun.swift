@@ -10,12 +10,18 @@ package struct RowRun {
   /// Rows the memory has room for; the metadata starts behind all of them.
   package let capacity: Int
   package let base: UnsafeMutableRawPointer
+  /// What lies between these rows and those of the model; nil: nothing. Owned by whoever owns the rows.
+  package let map: UnsafePointer<MapDescriptor>?
 
-  package init(encoding: RowEncoding, dim: Int, capacity: Int, base: UnsafeMutableRawPointer) {
+  package init(
+    encoding: RowEncoding, dim: Int, capacity: Int, base: UnsafeMutableRawPointer,
+    map: UnsafePointer<MapDescriptor>? = nil
+  ) {
     self.encoding = encoding
     self.dim = dim
     self.capacity = capacity
     self.base = base
+    self.map = map
   }
 
   package var scales: UnsafeMutableRawPointer { base + encoding.payloadBytes(rows: capacity, dim: dim) }

@@ -24,8 +24,10 @@ extension KVCache {
     func slot(_ merge: Routing.Merge) -> Int { Int(view.reference(head: head, row: merge.target).slot) }
     let merges = merges.sorted { slot($0) < slot($1) }
     var result = HeadMerges(
-      keys: RowMix(dim: view.shape.keyDim, type: sides.keys.type, range: sides.keys.range),
-      values: RowMix(dim: view.shape.valueDim, type: sides.values.type, range: sides.values.range))
+      keys: RowMix(
+        dim: view.shape.keyDim, type: sides.keys.window, range: sides.keys.range(dim: view.shape.keyDim)),
+      values: RowMix(
+        dim: view.shape.valueDim, type: sides.values.window, range: sides.values.range(dim: view.shape.valueDim)))
     for merge in merges {
       let place = slot(merge)
       let terms = routing.terms[merge.terms]

@@ -26,7 +26,9 @@ extension CompressionPolicy {
 /// Stage four: the representation of a tier, with the text that names it.
 public struct Store: Sendable {
   public let spec: StageSpec
-  package let factory: any SegmentFactory
+  /// The modifiers applied to it, in order.
+  public private(set) var modifiers: [StageSpec] = []
+  package private(set) var factory: any SegmentFactory
 
   package init(spec: StageSpec, factory: any SegmentFactory) {
     self.spec = spec
@@ -36,6 +38,14 @@ public struct Store: Sendable {
   /// A tier whose keys and values are held in the given formats. `spec` names it in texts and saved caches.
   public init(spec: StageSpec, keys: SideFormat, values: SideFormat) {
     self.init(spec: spec, factory: RowFormat(keys: keys, values: values))
+  }
+
+  /// The same store on another representation; `modifier` joins its text.
+  package func modified(by modifier: StageSpec, factory: any SegmentFactory) -> Store {
+    var result = self
+    result.factory = factory
+    result.modifiers.append(modifier)
+    return result
   }
 }
 
@@ -95,7 +105,7 @@ public struct Policy: CompressionPolicy {
   }
 
   public var spec: PolicySpec {
-    PolicySpec(stages: (selection.spec.map { [$0] } ?? []) + selection.modifiers + tiers.map(\.spec))
+    PolicySpec(stages: (selection.spec.map { [$0] } ?? []) + selection.modifiers + tiers.flatMap { [$0.spec] + $0.modifiers })
   }
   public var scorer: (any Scorer)? { selection.scorer }
   public var budget: Budget { selection.budget }

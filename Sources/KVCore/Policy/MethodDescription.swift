@@ -6,6 +6,8 @@ public struct MethodDescription: Sendable {
     case selection
     /// Replaces stages of the selection left of it: another allocator, router or schedule, or a scorer around its own.
     case modifier
+    /// Changes the store left of it.
+    case storeModifier = "store modifier"
     /// Stores them: stands last. Several stores are the tiers of one policy, in order.
     case store
   }
@@ -15,6 +17,7 @@ public struct MethodDescription: Sendable {
     case selection(Selection)
     case modifier(@Sendable (Selection) throws(KVError) -> Selection)
     case store(Store)
+    case storeModifier(@Sendable (Store) throws(KVError) -> Store)
   }
 
   /// One documented option.

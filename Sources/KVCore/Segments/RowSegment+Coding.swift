@@ -15,9 +15,10 @@ extension RowFormat {
       throw reader.corrupt("expected all \(layer.kvHeads) KV heads; found \(count)")
     }
     var heads: [HeadRows] = []
+    let empty = HeadRows(keyDim: layer.keyDim, valueDim: layer.valueDim, keys: keys, values: values)
     for head in 0..<count {
       do throws(KVError) {
-        var rows = HeadRows(keyDim: layer.keyDim, valueDim: layer.valueDim, keys: keys, values: values)
+        var rows = empty
         try rows.decode(from: &reader, tokensSeen: tokensSeen, backend: backend)
         heads.append(rows)
       } catch {
@@ -63,8 +64,8 @@ extension HeadRows {
     if try reader.bool("whether there is accumulated attention") {
       score = try Column<Float>(from: &reader, count: slots, "attention sums", backend: backend) { $0.isFinite }
     }
-    keys = try RowStore(from: &reader, slots: slots, dim: keys.dim, format: keys.format, backend: backend)
-    values = try RowStore(from: &reader, slots: slots, dim: values.dim, format: values.format, backend: backend)
+    keys = try RowStore(from: &reader, slots: slots, like: keys, backend: backend)
+    values = try RowStore(from: &reader, slots: slots, like: values, backend: backend)
     if try reader.bool("whether there are token counts") {
       counts = try Column<UInt32>(from: &reader, count: slots, "token counts", backend: backend) { count in
         count >= 1 && count <= tokensSeen

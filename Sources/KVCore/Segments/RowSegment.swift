@@ -13,9 +13,11 @@ package final class RowSegment: Segment {
     self.layer = layer
     self.format = format
     self.backend = backend
-    heads = (0..<layer.kvHeads).map { _ in
-      HeadRows(keyDim: layer.keyDim, valueDim: layer.valueDim, keys: format.keys, values: format.values)
-    }
+    // Values: every head begins empty, and all share the fixed maps of the first.
+    heads = Array(
+      repeating: HeadRows(
+        keyDim: layer.keyDim, valueDim: layer.valueDim, keys: format.keys, values: format.values),
+      count: layer.kvHeads)
   }
 
   package init(restoring heads: [HeadRows], layer: LayerShape, format: RowFormat, backend: any ComputeBackend) {
@@ -69,7 +71,7 @@ package final class RowSegment: Segment {
   ) throws(KVError) {
     writes.removeAll(keepingCapacity: true)
     let format = heads[0][keyPath: side].format
-    let range = format.range
+    let range = format.range(dim: view.dim)
     for head in heads.indices {
       let before = targets.count
       try heads[head][keyPath: side].reserve(view.tokens, backend: backend, into: &targets)
@@ -366,10 +368,19 @@ package struct RowFormat: SegmentFactory, Hashable {
   }
 
   package var merging: MergingSides? {
-    MergingSides(keys: (keys.window, keys.range), values: (values.window, values.range))
+    MergingSides(keys: keys, values: values)
   }
 
-  package func validate(layer: LayerShape) throws(KVError) {}
+  package func validate(layer: LayerShape) throws(KVError) {
+    try keys.validate(dim: layer.keyDim)
+    try values.validate(dim: layer.valueDim)
+  }
+
+  package func rotated(keys keyRotation: Rotation?, values valueRotation: Rotation?) throws(KVError) -> any SegmentFactory {
+    RowFormat(
+      keys: try keyRotation.map { (rotation) throws(KVError) in try keys.rotated(rotation) } ?? keys,
+      values: try valueRotation.map { (rotation) throws(KVError) in try values.rotated(rotation) } ?? values)
+  }
 
   package func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)

@@ -5,27 +5,107 @@ extension RowStore {
     let kept = extents.indices.filter { extents[$0].rows > 0 || ($0 >= bodyExtents && $0 == extents.count - 1) }
     writer.count(kept.count { $0 < bodyExtents })
     writer.count(kept.count)
-    for index in kept { extents[index].encode(to: &writer, dim: dim, backend: backend) }
+    if format.map.scaling.isShared {
+      writer.bool(sharedMap != nil)
+      sharedMap?.encodeNumbers(to: &writer, backend: backend)
+    }
+    var previous: RowMap?
+    for index in kept {
+      let map = extents[index].map
+      let source: MapSource =
+        map == nil
+        ? .none : map === fixedMap ? .fixed : map === sharedMap ? .shared : map === previous ? .previous : .own
+      extents[index].encode(to: &writer, dim: dim, map: source, backend: backend)
+      if map != nil { previous = map }
+    }
+  }
+
+  /// Where the map of a saved extent comes from.
+  fileprivate enum MapSource: UInt8 {
+    case none = 0
+    /// The format's, which has no numbers.
+    case fixed = 1
+    /// That of all rows to come.
+    case shared = 2
+    /// Its numbers follow.
+    case own = 3
+    /// That of the extent before it that has one.
+    case previous = 4
   }
 
   /// - Parameter slots: rows there must be.
   init(
-    from reader: inout ByteReader, slots: Int, dim: Int, format: SideFormat, backend: any ComputeBackend
+    from reader: inout ByteReader, slots: Int, like empty: RowStore, backend: any ComputeBackend
   ) throws(KVError) {
+    let (dim, format) = (empty.dim, empty.format)
     let body = try reader.count("body extents", in: 0...slots)
     let count = try reader.count("extents", of: Extent.headerSize)
     guard body <= count else { throw reader.corrupt("expected \(body) body extents; found \(count) extents in all") }
+    var shared: RowMap?
+    if format.map.scaling.isShared, try reader.bool("whether there are numbers per channel") {
+      shared = try empty.decodeMap(from: &reader, backend: backend)
+    }
+    var previous: RowMap?
     var extents: ContiguousArray<Extent> = []
     var left = slots
     for index in 0..<count {
       let extent = try Extent(
-        from: &reader, place: index < body ? .body : index < count - 1 ? .tail : .end, atMost: left, dim: dim,
-        format: format, backend: backend)
+        from: &reader, place: index < body ? .body : index < count - 1 ? .tail : .end, atMost: left, like: empty,
+        shared: shared, previous: previous, backend: backend)
+      if let map = extent.map { previous = map }
       left -= extent.rows
       extents.append(extent)
     }
     guard left == 0 else { throw reader.corrupt("expected \(slots) rows; found \(slots - left)") }
-    self.init(restoring: extents, bodyExtents: body, dim: dim, format: format)
+    self.init(
+      restoring: extents, bodyExtents: body, dim: dim, format: format, fixedMap: empty.fixedMap, sharedMap: shared)
+  }
+
+  /// The map of an encoded extent: one that the format allows.
+  fileprivate func map(
+    _ number: UInt8, from reader: inout ByteReader, shared: RowMap?, previous: RowMap?, backend: any ComputeBackend
+  ) throws(KVError) -> RowMap? {
+    let map: RowMap?
+    switch MapSource(rawValue: number) {
+    case .some(.none): map = fixedMap == nil ? nil : shared
+    case .fixed: map = format.map.scaling == .none ? fixedMap : nil
+    case .shared: map = shared
+    case .own: map = format.map.scaling == .none ? nil : try decodeMap(from: &reader, backend: backend)
+    case .previous: map = previous
+    case nil: map = nil
+    }
+    // The reader of what was written before there were maps finds 0, and a format without one.
+    guard (fixedMap == nil) == (number == 0), number == 0 || map != nil else {
+      throw reader.corrupt("expected rows behind the map of \(format.body?.description ?? "dense rows"); found \(number)")
+    }
+    return number == 0 ? nil : map
+  }
+
+  fileprivate func decodeMap(from reader: inout ByteReader, backend: any ComputeBackend) throws(KVError) -> RowMap {
+    guard let fixedMap, let type = format.body?.type else { throw reader.corrupt("expected rows without a map") }
+    let rows = format.map.scaling.numbers
+    var bytes = try reader.raw(rows * dim * type.byteCount, "numbers per channel")
+    try Extent.checkFinite(bytes, type, "numbers per channel", &reader)
+    let buffer = try backend.allocate(byteCount: bytes.count, hostVisible: false)
+    swapToLittleEndian(&bytes, from: 0, width: type.byteCount)
+    bytes.withUnsafeBytes { raw in
+      if let base = raw.baseAddress { backend.copy(from: base, to: buffer.base, byteCount: raw.count) }
+    }
+    return RowMap(fixed: fixedMap.fixed, numbers: buffer, count: rows, type: type)
+  }
+}
+
+extension RowMap {
+  fileprivate func encodeNumbers(to writer: inout ByteWriter, backend: any ComputeBackend) {
+    guard let numbers else { return }
+    var host = [UInt8](unsafeUninitializedCapacity: numbers.byteCount) { buffer, filled in
+      if let base = buffer.baseAddress {
+        backend.copy(from: numbers.base, toHost: base, byteCount: numbers.byteCount)
+      }
+      filled = numbers.byteCount
+    }
+    swapToLittleEndian(&host, from: 0, width: descriptor.pointee.type.byteCount)
+    writer.raw(host)
   }
 }
 
@@ -50,15 +130,18 @@ extension Extent {
     return [codes, (run.scales + skipped, bytes, width), (run.minima + skipped, bytes, width)]
   }
 
-  fileprivate func encode(to writer: inout ByteWriter, dim: Int, backend: any ComputeBackend) {
+  fileprivate func encode(
+    to writer: inout ByteWriter, dim: Int, map source: RowStore.MapSource, backend: any ComputeBackend
+  ) {
     writer.u8(encoding.kind.rawValue)
     writer.u8(encoding.type.rawValue)
     writer.u8(UInt8(encoding.bits))
-    writer.u8(0)
+    writer.u8(source.rawValue)
     writer.u32(UInt32(encoding.group))
     writer.count(rows)
     writer.count(capacity)
     writer.count(first)
+    if source == .own { map?.encodeNumbers(to: &writer, backend: backend) }
     for part in parts(dim: dim) where part.bytes > 0 {
       var host = [UInt8](unsafeUninitializedCapacity: part.bytes) { buffer, filled in
         if let base = buffer.baseAddress { backend.copy(from: part.address, toHost: base, byteCount: part.bytes) }
@@ -71,10 +154,11 @@ extension Extent {
 
   /// - Parameter limit: rows there may be.
   fileprivate init(
-    from reader: inout ByteReader, place: Place, atMost limit: Int, dim: Int, format: SideFormat,
-    backend: any ComputeBackend
+    from reader: inout ByteReader, place: Place, atMost limit: Int, like store: RowStore, shared: RowMap?,
+    previous: RowMap?, backend: any ComputeBackend
   ) throws(KVError) {
-    let encoding = try Extent.encoding(from: &reader, place: place, format: format)
+    let (dim, format) = (store.dim, store.format)
+    let (encoding, source) = try Extent.encoding(from: &reader, place: place, format: format)
     let unit = encoding.rowsPerUnit
     let rows = try reader.count("rows of an extent", in: 0...limit)
     guard rows > 0 || place == .end else { throw reader.corrupt("expected rows in an extent; found none") }
@@ -89,6 +173,9 @@ extension Extent {
     // Rows leave at the front of a tail only.
     let first = try reader.count("the first row", in: 0...(place == .body ? 0 : capacity - rows))
 
+    let map =
+      encoding.kind == .dense
+      ? nil : try store.map(source, from: &reader, shared: shared, previous: previous, backend: backend)
     let codes = try reader.raw(encoding.payloadBytes(rows: rows, dim: dim), "rows")
     if encoding.kind == .dense { try Extent.checkFinite(codes, encoding.type, "elements", &reader) }
     var data = [codes]
@@ -100,7 +187,7 @@ extension Extent {
       }
     }
 
-    try self.init(encoding: encoding, capacity: capacity, dim: dim, backend: backend)
+    try self.init(encoding: encoding, capacity: capacity, dim: dim, map: map, backend: backend)
     self.first = first
     self.rows = rows
     for (part, var bytes) in zip(parts(dim: dim), data) {
@@ -114,14 +201,13 @@ extension Extent {
   /// An encoding that rows in this place of a store can have.
   private static func encoding(
     from reader: inout ByteReader, place: Place, format: SideFormat
-  ) throws(KVError) -> RowEncoding {
+  ) throws(KVError) -> (encoding: RowEncoding, map: UInt8) {
     let start = reader
     let kind = try reader.u8("the kind of an encoding")
     let type = try reader.u8("an element type")
     let bits = try reader.u8("the bits of a code")
-    let zero = try reader.u8("a reserved 0")
+    let map = try reader.u8("the map of rows")
     let group = try reader.u32("the group of an encoding")
-    guard zero == 0 else { throw start.corrupt("expected 0 in a reserved field; found \(zero)") }
     guard let encoding = RowEncoding(kind: kind, type: type, bits: Int(bits), group: Int(group)) else {
       throw start.corrupt("expected a known encoding; found kind \(kind), type \(type), \(bits) bits, group \(group)")
     }
@@ -132,10 +218,13 @@ extension Extent {
       throw start.corrupt(
         "expected rows in \(accepted.compactMap { $0?.description }.joined(separator: " or ")); found \(encoding)")
     }
-    return encoding
+    guard encoding.kind != .dense || map == 0 else {
+      throw start.corrupt("expected no map of dense rows; found \(map)")
+    }
+    return (encoding, map)
   }
 
-  private static func checkFinite(
+  fileprivate static func checkFinite(
     _ bytes: [UInt8], _ type: ElementType, _ what: String, _ reader: inout ByteReader
   ) throws(KVError) {
     let finite = bytes.withUnsafeBytes { raw in

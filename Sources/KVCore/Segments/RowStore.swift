@@ -6,20 +6,25 @@
 package struct Extent {
   package let encoding: RowEncoding
   package let capacity: Int
+  /// What its rows went through before they were encoded.
+  package let map: RowMap?
   package var buffer: Buffer
   package var first = 0
   package var rows = 0
 
-  package init(encoding: RowEncoding, capacity: Int, dim: Int, backend: any ComputeBackend) throws(KVError) {
+  package init(
+    encoding: RowEncoding, capacity: Int, dim: Int, map: RowMap? = nil, backend: any ComputeBackend
+  ) throws(KVError) {
     self.encoding = encoding
     self.capacity = capacity
+    self.map = map
     buffer = try backend.allocate(byteCount: encoding.bytes(rows: capacity, dim: dim), hostVisible: false)
   }
 
   package var room: Int { capacity - first - rows }
 
   package func run(dim: Int) -> RowRun {
-    RowRun(encoding: encoding, dim: dim, capacity: capacity, base: buffer.base)
+    RowRun(encoding: encoding, dim: dim, capacity: capacity, base: buffer.base, map: map?.descriptor)
   }
 }
 
@@ -46,10 +51,16 @@ package struct RowStore {
   package private(set) var rows = 0
   /// Extents at the end that `reserve` made and `commit` has not confirmed.
   private var reservedExtents = 0
+  /// The format's map without numbers from data; shared by the heads of a segment.
+  package let fixedMap: RowMap?
+  /// The map of all rows to come, once its numbers are known, where the format shares them.
+  package internal(set) var sharedMap: RowMap?
 
-  package init(dim: Int, format: SideFormat) {
+  /// - Parameter fixedMap: that of another store of this format and head size; nil: a new one where one is needed.
+  package init(dim: Int, format: SideFormat, fixedMap: RowMap? = nil) {
     self.dim = dim
     self.format = format
+    self.fixedMap = format.map.isNone ? nil : fixedMap ?? RowMap(fixed: FixedMap(format.map, dim: dim))
   }
 
   package var tailRows: Int { rows - bodyRows }
@@ -130,7 +141,7 @@ package struct RowStore {
     forEachSlice(range) { result.append($0) }
   }
 
-  private func forEachSlice(_ range: Range<Int>, _ body: (RunSlice) -> Void) {
+  func forEachSlice(_ range: Range<Int>, _ body: (RunSlice) -> Void) {
     if range.isEmpty { return }
     var start = 0
     for extent in extents {
@@ -161,10 +172,11 @@ package struct RowStore {
       "encoding \(count) of \(tailRows) tail rows in units of \(encoding.rowsPerUnit)")
 
     // Everything that can fail comes first: the extents.
+    let map = try mapForTail(count, encoding, backend: backend)
     var fresh: [Extent] = []
     var appended = 0
-    if bodyExtents > 0, extents[bodyExtents - 1].encoding == encoding, encoding.rowsPerUnit == 1,
-      isKnownUniquelyReferenced(&extents[bodyExtents - 1].buffer)
+    if bodyExtents > 0, extents[bodyExtents - 1].encoding == encoding, extents[bodyExtents - 1].map === map,
+      encoding.rowsPerUnit == 1, isKnownUniquelyReferenced(&extents[bodyExtents - 1].buffer)
     {
       appended = min(count, extents[bodyExtents - 1].room)
     }
@@ -174,7 +186,7 @@ package struct RowStore {
       let taken = min(left, max(RowStore.extentRows(encoding, dim: dim) / unit, 1) * unit)
       // Rows that arrive one by one get room for the next ones; units arrive whole.
       let capacity = unit == 1 ? max(taken, format.growth) : taken
-      fresh.append(try Extent(encoding: encoding, capacity: capacity, dim: dim, backend: backend))
+      fresh.append(try Extent(encoding: encoding, capacity: capacity, dim: dim, map: map, backend: backend))
       left -= taken
     }
 
@@ -235,7 +247,7 @@ package struct RowStore {
   private mutating func repackTail(backend: any ComputeBackend) throws(KVError) {
     let held = extents[bodyExtents...].reduce(0) { $0 + $1.capacity }
     if held <= format.tailCapacity(rows: tailRows) { return }
-    var packed = RowStore(dim: dim, format: format)
+    var packed = RowStore(dim: dim, format: format, fixedMap: fixedMap)
     var targets: [RunSlice] = []
     if tailRows > 0 { try packed.reserve(tailRows, backend: backend, into: &targets) }
     var next = bodyRows
@@ -270,7 +282,8 @@ package struct RowStore {
   package func rebuilt(
     physical: [Bool], thawed: [Bool]? = nil, backend: any ComputeBackend
   ) throws(KVError) -> RowStore {
-    var result = RowStore(dim: dim, format: format)
+    var result = RowStore(dim: dim, format: format, fixedMap: fixedMap)
+    result.sharedMap = sharedMap
     var pieces = PieceList()
     var start = 0
     for (index, extent) in extents.enumerated() {
@@ -278,13 +291,17 @@ package struct RowStore {
       let unit = extent.encoding.rowsPerUnit
       let run = extent.run(dim: dim)
       if unit == 1 {
-        pieces.append(flagged: physical[start..<start + extent.rows], of: run, first: extent.first, as: extent.encoding)
+        pieces.append(
+          flagged: physical[start..<start + extent.rows], of: run, first: extent.first, as: extent.encoding,
+          map: extent.map)
       } else {
         for group in stride(from: 0, to: extent.rows, by: unit) {
           let flags = physical[start + group..<start + group + unit]
           let thaws = thawed.map { $0[start + group..<start + group + unit].contains(true) } ?? false
-          let encoding: RowEncoding = flags.allSatisfy { $0 } && !thaws ? extent.encoding : .dense(format.window)
-          pieces.append(flagged: flags, of: run, first: extent.first + group, as: encoding)
+          let whole = flags.allSatisfy { $0 } && !thaws
+          pieces.append(
+            flagged: flags, of: run, first: extent.first + group,
+            as: whole ? extent.encoding : .dense(format.window), map: whole ? extent.map : nil)
         }
       }
       start += extent.rows
@@ -309,7 +326,7 @@ package struct RowStore {
   ) throws(KVError) {
     for piece in pieces.list {
       var extent = try Extent(
-        encoding: piece.encoding, capacity: max(piece.rows, growth), dim: dim, backend: backend)
+        encoding: piece.encoding, capacity: max(piece.rows, growth), dim: dim, map: piece.map, backend: backend)
       backend.transcode(piece.sources, to: extent.run(dim: dim), row: 0)
       extent.rows = piece.rows
       extents.append(extent)
@@ -347,7 +364,8 @@ package struct RowStore {
     }
     for index in touched where !isKnownUniquelyReferenced(&extents[index].buffer) {
       let extent = extents[index]
-      var copy = try Extent(encoding: extent.encoding, capacity: extent.capacity, dim: dim, backend: backend)
+      var copy = try Extent(
+        encoding: extent.encoding, capacity: extent.capacity, dim: dim, map: extent.map, backend: backend)
       backend.transcode(
         [RunSlice(run: extent.run(dim: dim), first: extent.first, count: extent.rows)], to: copy.run(dim: dim),
         row: extent.first)
@@ -377,12 +395,18 @@ package struct RowStore {
       tally.add(
         extent.buffer, kind: \.payload,
         metadata: extent.encoding.metadataBytes(rows: extent.capacity, dim: dim))
+      if let numbers = extent.map?.numbers { tally.add(numbers, kind: \.metadata) }
     }
+    if let numbers = sharedMap?.numbers { tally.add(numbers, kind: \.metadata) }
   }
 
   /// Rebuilds a store from a saved cache; see `RowStore+Coding.swift`.
-  package init(restoring extents: ContiguousArray<Extent>, bodyExtents: Int, dim: Int, format: SideFormat) {
-    self.init(dim: dim, format: format)
+  package init(
+    restoring extents: ContiguousArray<Extent>, bodyExtents: Int, dim: Int, format: SideFormat,
+    fixedMap: RowMap? = nil, sharedMap: RowMap? = nil
+  ) {
+    self.init(dim: dim, format: format, fixedMap: fixedMap)
+    self.sharedMap = sharedMap
     self.extents = extents
     self.bodyExtents = bodyExtents
     bodyRows = extents[..<bodyExtents].reduce(0) { $0 + $1.rows }
@@ -394,13 +418,16 @@ package struct RowStore {
 private struct PieceList {
   struct Piece {
     var encoding: RowEncoding
+    var map: RowMap?
     var rows: Int
     var sources: [RunSlice]
   }
 
   var list: [Piece] = []
 
-  mutating func append(flagged: ArraySlice<Bool>, of run: RowRun, first: Int, as encoding: RowEncoding) {
+  mutating func append(
+    flagged: ArraySlice<Bool>, of run: RowRun, first: Int, as encoding: RowEncoding, map: RowMap?
+  ) {
     var index = flagged.startIndex
     while index < flagged.endIndex {
       guard flagged[index] else {
@@ -409,18 +436,18 @@ private struct PieceList {
       }
       var end = index
       while end < flagged.endIndex, flagged[end] { end += 1 }
-      add(run, first + index - flagged.startIndex, end - index, encoding)
+      add(run, first + index - flagged.startIndex, end - index, encoding, map)
       index = end
     }
   }
 
-  private mutating func add(_ run: RowRun, _ first: Int, _ count: Int, _ encoding: RowEncoding) {
+  private mutating func add(_ run: RowRun, _ first: Int, _ count: Int, _ encoding: RowEncoding, _ map: RowMap?) {
     let most = RowStore.extentRows(encoding, dim: run.dim)
     var first = first
     var left = count
     while left > 0 {
-      if list.last.map({ $0.encoding != encoding || $0.rows >= most }) ?? true {
-        list.append(Piece(encoding: encoding, rows: 0, sources: []))
+      if list.last.map({ $0.encoding != encoding || $0.map !== map || $0.rows >= most }) ?? true {
+        list.append(Piece(encoding: encoding, map: map, rows: 0, sources: []))
       }
       let last = list.count - 1
       let unit = encoding.rowsPerUnit

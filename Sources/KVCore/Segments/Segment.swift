@@ -134,6 +134,10 @@ package protocol SegmentFactory: Sendable {
   var merging: MergingSides? { get }
   /// Refuses shapes the representation cannot hold.
   func validate(layer: LayerShape) throws(KVError)
+  /// The same representation of rotated keys and values (nil: that side as it is).
+  ///
+  /// - Throws: `invalidOption` where that side is not encoded, `unsupported` by representations that cannot rotate.
+  func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory
   /// The most bytes one KV head needs for this many rows, with positions, dead slots that wait to be reclaimed, and
   /// accumulated attention when `scored`. Holes in frozen groups are not foreseen.
   func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int
@@ -146,11 +150,14 @@ package protocol SegmentFactory: Sendable {
 }
 
 extension SegmentFactory {
-  package var merging: MergingSides? { nil }
+  package var merging: MergingSides? { nil 
+  package func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory {
+    throw KVError(.unsupported, "this store does not hold rows that could be rotated")
+  }
 }
 
-/// The type and range of the rows of each side.
+/// What holds the rows of each side.
 package struct MergingSides {
-  package var keys: (type: ElementType, range: ElementRange)
-  package var values: (type: ElementType, range: ElementRange)
+  package var keys: SideFormat
+  package var values: SideFormat
 }

@@ -14,6 +14,8 @@ public struct SideFormat: Hashable, Sendable {
   package let window: ElementType
   package let body: RowEncoding?
   package let flush: Flush
+  /// What is done to rows before they are encoded.
+  package private(set) var map = MapFormat.none
 
   private init(window: ElementType, body: RowEncoding?, flush: Flush) {
     self.window = window
@@ -54,10 +56,47 @@ public struct SideFormat: Hashable, Sendable {
     return SideFormat(window: window, body: body, flush: .keepingNewest(count))
   }
 
-  /// The smallest range among everything that will hold a row: f16 minima overflow as f16 rows do.
-  package var range: ElementRange {
+  /// The same rows rotated before they are encoded, and before they are scaled. The window stays as it is.
+  ///
+  /// - Throws: `invalidOption` for a side that is not encoded.
+  public func rotated(_ rotation: Rotation) throws(KVError) -> SideFormat {
+    guard body != nil else {
+      throw KVError(.invalidOption, "only rows that are encoded can be rotated; these stay \(window.name)")
+    }
+    guard map.scaling != .balanced else {
+      throw KVError(.invalidOption, "rows balanced against unrotated queries cannot be rotated")
+    }
+    var result = self
+    result.map.rotation = rotation
+    return result
+  }
+
+  /// The same rows divided by a factor per channel before they are encoded.
+  ///
+  /// - Throws: `invalidOption` for a side that is not encoded, and for a balanced side that is rotated.
+  public func scaled(_ scaling: ChannelScaling) throws(KVError) -> SideFormat {
+    guard body != nil else {
+      throw KVError(.invalidOption, "only rows that are encoded can be scaled; these stay \(window.name)")
+    }
+    guard scaling != .balanced || map.rotation == nil else {
+      throw KVError(.invalidOption, "rows balanced against unrotated queries cannot be rotated")
+    }
+    var result = self
+    result.map.scaling = scaling
+    return result
+  }
+
+  /// What rows of `dim` channels must be for this format.
+  package func validate(dim: Int) throws(KVError) { try map.rotation?.validate(dim: dim) }
+
+  /// The smallest range among everything that will hold a row: f16 minima overflow as f16 rows do, and a rotation can
+  /// gather a row in one channel.
+  package func range(dim: Int) -> ElementRange {
     guard let body else { return .window }
-    return body.type == .f16 || window == .f16 ? .half : .halfOfFloat
+    guard let rotation = map.rotation else { return body.type == .f16 || window == .f16 ? .half : .halfOfFloat }
+    let growth = Float(rotation.block(dim: dim)).squareRoot()
+    let largest = body.type == .f16 ? body.type.largestFinite : Float.greatestFiniteMagnitude / 2
+    return .magnitude(min(largest / growth, window.largestFinite))
   }
 
   /// Rows of room a new tail extent has at least, so that single appends do not allocate each time.
