@@ -25,6 +25,9 @@ extension Store {
     if let keys, let values, keys.signSeed != values.signSeed {
       throw KVError(.invalidOption, "keys and values are rotated with the same signs; got two seeds")
     }
+    guard Int(exactly: seed ?? 0) != nil else {
+      throw KVError(.invalidOption, "a seed lies in 0...\(Int.max); got \(seed ?? 0)")
+    }
     func block(_ rotation: Rotation?) -> SpecValue { .integer(rotation?.fixedBlock ?? 0) }
     let options = [
       SpecOption("signs", .bool(seed != nil)), SpecOption("seed", .integer(Int(truncatingIfNeeded: seed ?? 0))),

@@ -12,9 +12,9 @@ extension RowStore {
     var previous: RowMap?
     for index in kept {
       let map = extents[index].map
-      let source: MapSource =
+      let source: MapSource? =
         map == nil
-        ? .none : map === fixedMap ? .fixed : map === sharedMap ? .shared : map === previous ? .previous : .own
+        ? nil : map === fixedMap ? .fixed : map === sharedMap ? .shared : map === previous ? .previous : .own
       extents[index].encode(to: &writer, dim: dim, map: source, backend: backend)
       if map != nil { previous = map }
     }
@@ -22,7 +22,6 @@ extension RowStore {
 
   /// Where the map of a saved extent comes from.
   fileprivate enum MapSource: UInt8 {
-    case none = 0
     /// The format's, which has no numbers.
     case fixed = 1
     /// That of all rows to come.
@@ -63,22 +62,20 @@ extension RowStore {
 
   /// The map of an encoded extent: one that the format allows.
   fileprivate func map(
-    _ number: UInt8, from reader: inout ByteReader, shared: RowMap?, previous: RowMap?, backend: any ComputeBackend
+    from reader: inout ByteReader, shared: RowMap?, previous: RowMap?, backend: any ComputeBackend
   ) throws(KVError) -> RowMap? {
+    guard fixedMap != nil else { return nil }
+    let number = try reader.u8("the map of rows")
     let map: RowMap?
     switch MapSource(rawValue: number) {
-    case .some(.none): map = fixedMap == nil ? nil : shared
     case .fixed: map = format.map.scaling == .none ? fixedMap : nil
     case .shared: map = shared
     case .own: map = format.map.scaling == .none ? nil : try decodeMap(from: &reader, backend: backend)
     case .previous: map = previous
     case nil: map = nil
     }
-    // The reader of what was written before there were maps finds 0, and a format without one.
-    guard (fixedMap == nil) == (number == 0), number == 0 || map != nil else {
-      throw reader.corrupt("expected rows behind the map of \(format.body?.description ?? "dense rows"); found \(number)")
-    }
-    return number == 0 ? nil : map
+    guard let map else { throw reader.corrupt("expected a map that the format has; found \(number)") }
+    return map
   }
 
   fileprivate func decodeMap(from reader: inout ByteReader, backend: any ComputeBackend) throws(KVError) -> RowMap {
@@ -131,16 +128,17 @@ extension Extent {
   }
 
   fileprivate func encode(
-    to writer: inout ByteWriter, dim: Int, map source: RowStore.MapSource, backend: any ComputeBackend
+    to writer: inout ByteWriter, dim: Int, map source: RowStore.MapSource?, backend: any ComputeBackend
   ) {
     writer.u8(encoding.kind.rawValue)
     writer.u8(encoding.type.rawValue)
     writer.u8(UInt8(encoding.bits))
-    writer.u8(source.rawValue)
+    writer.u8(0)
     writer.u32(UInt32(encoding.group))
     writer.count(rows)
     writer.count(capacity)
     writer.count(first)
+    if let source { writer.u8(source.rawValue) }
     if source == .own { map?.encodeNumbers(to: &writer, backend: backend) }
     for part in parts(dim: dim) where part.bytes > 0 {
       var host = [UInt8](unsafeUninitializedCapacity: part.bytes) { buffer, filled in
@@ -158,7 +156,7 @@ extension Extent {
     previous: RowMap?, backend: any ComputeBackend
   ) throws(KVError) {
     let (dim, format) = (store.dim, store.format)
-    let (encoding, source) = try Extent.encoding(from: &reader, place: place, format: format)
+    let encoding = try Extent.encoding(from: &reader, place: place, format: format)
     let unit = encoding.rowsPerUnit
     let rows = try reader.count("rows of an extent", in: 0...limit)
     guard rows > 0 || place == .end else { throw reader.corrupt("expected rows in an extent; found none") }
@@ -175,7 +173,7 @@ extension Extent {
 
     let map =
       encoding.kind == .dense
-      ? nil : try store.map(source, from: &reader, shared: shared, previous: previous, backend: backend)
+      ? nil : try store.map(from: &reader, shared: shared, previous: previous, backend: backend)
     let codes = try reader.raw(encoding.payloadBytes(rows: rows, dim: dim), "rows")
     if encoding.kind == .dense { try Extent.checkFinite(codes, encoding.type, "elements", &reader) }
     var data = [codes]
@@ -201,13 +199,14 @@ extension Extent {
   /// An encoding that rows in this place of a store can have.
   private static func encoding(
     from reader: inout ByteReader, place: Place, format: SideFormat
-  ) throws(KVError) -> (encoding: RowEncoding, map: UInt8) {
+  ) throws(KVError) -> RowEncoding {
     let start = reader
     let kind = try reader.u8("the kind of an encoding")
     let type = try reader.u8("an element type")
     let bits = try reader.u8("the bits of a code")
-    let map = try reader.u8("the map of rows")
+    let zero = try reader.u8("a reserved 0")
     let group = try reader.u32("the group of an encoding")
+    guard zero == 0 else { throw start.corrupt("expected 0 in a reserved field; found \(zero)") }
     guard let encoding = RowEncoding(kind: kind, type: type, bits: Int(bits), group: Int(group)) else {
       throw start.corrupt("expected a known encoding; found kind \(kind), type \(type), \(bits) bits, group \(group)")
     }
@@ -218,10 +217,7 @@ extension Extent {
       throw start.corrupt(
         "expected rows in \(accepted.compactMap { $0?.description }.joined(separator: " or ")); found \(encoding)")
     }
-    guard encoding.kind != .dense || map == 0 else {
-      throw start.corrupt("expected no map of dense rows; found \(map)")
-    }
-    return (encoding, map)
+    return encoding
   }
 
   fileprivate static func checkFinite(

@@ -28,7 +28,7 @@ package struct PolicyCatalogue: Sendable {
     ]
     let titles: [(MethodDescription.Role, String)] = [
       (.selection, "CHOOSING TOKENS (first)"), (.modifier, "MODIFYING THE CHOICE (behind it)"),
-      (.store, "STORING THEM (last)"),
+      (.store, "STORING THEM (last)"), (.storeModifier, "MODIFYING THE STORE (behind it)"),
     ]
     for (role, title) in titles where entries.contains(where: { $0.method.role == role }) {
       lines.append(title)
