@@ -367,16 +367,16 @@ package struct RowFormat: SegmentFactory, Hashable {
     RowSegment(layer: layer, format: self, backend: backend)
   }
 
-  package var merging: MergingSides? {
-    MergingSides(keys: keys, values: values)
-  }
+  package var merging: MergingSides? { MergingSides(keys: keys, values: values) }
 
   package func validate(layer: LayerShape) throws(KVError) {
     try keys.validate(dim: layer.keyDim)
     try values.validate(dim: layer.valueDim)
   }
 
-  package func rotated(keys keyRotation: Rotation?, values valueRotation: Rotation?) throws(KVError) -> any SegmentFactory {
+  package func rotated(
+    keys keyRotation: Rotation?, values valueRotation: Rotation?
+  ) throws(KVError) -> any SegmentFactory {
     RowFormat(
       keys: try keyRotation.map { (rotation) throws(KVError) in try keys.rotated(rotation) } ?? keys,
       values: try valueRotation.map { (rotation) throws(KVError) in try values.rotated(rotation) } ?? values)

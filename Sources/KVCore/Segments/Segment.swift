@@ -150,7 +150,8 @@ package protocol SegmentFactory: Sendable {
 }
 
 extension SegmentFactory {
-  package var merging: MergingSides? { nil 
+  package var merging: MergingSides? { nil }
+
   package func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory {
     throw KVError(.unsupported, "this store does not hold rows that could be rotated")
   }

@@ -128,7 +128,7 @@ import Testing
       }
       if outputs.count == 2 {
         checkSame(outputs[0], outputs[1], "chunks of the prompt")
-        check(snapshots[0] == snapshots[1], "chunks of the prompt")
+        check(snapshots[0].heads == snapshots[1].heads, "chunks of the prompt")
       }
     }
   }
