@@ -203,8 +203,8 @@ extension CPUBackend {
 
   private func verbatim(_ source: RunSlice, _ target: RowRun, row: Int) -> Bool {
     let unit = target.encoding.rowsPerUnit
-    return source.run.encoding == target.encoding && source.run.map == target.map && source.first % unit == 0 && source.count % unit == 0
-      && row % unit == 0
+    return source.run.encoding == target.encoding && source.run.map == target.map && source.first % unit == 0
+      && source.count % unit == 0 && row % unit == 0
   }
 
   private func copyRows(_ source: RunSlice, to target: RowRun, row: Int) {

@@ -208,7 +208,9 @@ import Testing
     #expect(policy.tiers.count == 1)
     expectError(.invalidOption, "only rows that are encoded") { _ = try registry.policy("f16+rotated") }
     expectError(.invalidOption, "only rows that are encoded") { _ = try registry.policy("rotated") }
-    expectError(.invalidOption, "keys, values or both") { _ = try registry.policy("kivi+rotated(keys=false,values=false)") }
+    expectError(.invalidOption, "keys, values or both") {
+      _ = try registry.policy("kivi+rotated(keys=false,values=false)")
+    }
     expectError(.invalidOption, "power of two") { _ = try registry.policy("kivi+rotated(key_block=12)") }
     expectError(.invalidOption, "stands right") { _ = try registry.policy("kivi+rotated+h2o") }
     let odd = ModelShape(layerCount: 1, queryHeads: 1, kvHeads: 1, headDim: 67)
