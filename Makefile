@@ -1,13 +1,14 @@
 # make test    set-up, then every test                      make docs     the DocC catalogue into out/docs
 # make demo    compare policies on the packaged model       make lint     style, reported
 # make bench   the benchmark, JSON lines into out/          make format   style, applied
+# make ptx     the CUDA kernels, compiled by NVRTC
 #
 # QUICK=1 shortens demo and bench. POLICIES, CONTEXT, MODEL and TEXT choose what demo compares.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs lint format clean
+.PHONY: help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs ptx lint format clean
 
 SWIFT ?= swift
 OUT ?= out
@@ -33,7 +34,7 @@ KVLAB_FLAGS += --context $(CONTEXT)
 endif
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
 
 setup:
 	@.ci/setup
@@ -81,6 +82,10 @@ bench: kvlab
 
 docs: setup
 	@.ci/docs
+
+# Needs no GPU: NVRTC comes from the Python environment, or for this one run from its package.
+ptx:
+	@python3 .ci/ptx
 
 lint:
 	@$(SWIFT) format lint --strict --parallel --recursive --configuration .swift-format $(SWIFT_SOURCES)

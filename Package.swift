@@ -38,6 +38,11 @@ let package = Package(
       swiftSettings: settings,
       linkerSettings: [.linkedFramework("Accelerate", .when(platforms: [.macOS, .iOS]))]),
 
+    // CUDA, loaded at run time: no part of it is needed to build. Kernels are compiled to PTX by `make ptx`.
+    .target(name: "CKVCUDA", exclude: ["kernels", "ptx"]),
+    .target(
+      name: "KVBackendCUDA", dependencies: ["KVCore", "KVBackendCPU", "CKVCUDA"], swiftSettings: settings),
+
     // One module a family of methods.
     .target(name: "KVEviction", dependencies: ["KVCore"], swiftSettings: settings),
     .target(name: "KVQuantization", dependencies: ["KVCore"], swiftSettings: settings),
@@ -45,7 +50,7 @@ let package = Package(
     // The umbrella: registry of policies by name, and everything re-exported.
     .target(
       name: "KVCompression",
-      dependencies: ["KVCore", "KVBackendCPU", "KVEviction", "KVQuantization"],
+      dependencies: ["KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization"],
       swiftSettings: settings),
 
     // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
@@ -64,7 +69,14 @@ let package = Package(
         "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVExperiments", "CKVKernels",
       ],
       exclude: ["Goldens"], swiftSettings: testSettings),
+    // The CUDA kernels as C++ on the CPU, and the whole backend on top of them.
+    .target(name: "CCUDAEmulation", path: "Tests/CCUDAEmulation"),
+    .testTarget(
+      name: "KVBackendCUDATests",
+      dependencies: ["KVBackendCUDA", "KVCompression", "KVCore", "KVBackendCPU", "CCUDAEmulation", "CKVCUDA"],
+      swiftSettings: testSettings),
   ],
   swiftLanguageModes: [.v6],
-  cLanguageStandard: .c17
+  cLanguageStandard: .c17,
+  cxxLanguageStandard: .cxx20
 )

@@ -20,7 +20,7 @@ extension CPUBackend {
   /// Queries up to which rows are split between items.
   private static let fewQueries = 32
 
-  package func attend(_ plan: AttentionPlan) {
+  package func attend(_ plan: AttentionPlan) throws(KVError) {
     for index in plan.sequences.indices where plan.sequences[index].tokens > CPUBackend.fewQueries {
       attendMany(plan, sequence: index)
     }

@@ -1,4 +1,5 @@
 @_exported public import KVBackendCPU
+@_exported public import KVBackendCUDA
 @_exported public import KVCore
 @_exported public import KVEviction
 @_exported public import KVQuantization

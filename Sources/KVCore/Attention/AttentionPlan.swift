@@ -70,6 +70,34 @@ package struct SequenceWork {
   package var rotary: RotaryEmbedding?
   /// Items of `plan.rows` that belong to this sequence, in KV head order.
   package var work: Range<Int>
+
+  package init(
+    queries: UnsafeRawPointer, queryType: ElementType, queryHeadStride: Int, queryTokenStride: Int,
+    output: UnsafeMutablePointer<Float>, outputHeadStride: Int, outputTokenStride: Int,
+    logSumExp: UnsafeMutablePointer<Float>?, tokens: Int, kvHeads: Int, group: Int, keyDim: Int, valueDim: Int,
+    scale: Float, softcap: Float, firstPosition: Int, slidingWindow: Int, rotary: RotaryEmbedding?,
+    work: Range<Int>
+  ) {
+    self.queries = queries
+    self.queryType = queryType
+    self.queryHeadStride = queryHeadStride
+    self.queryTokenStride = queryTokenStride
+    self.output = output
+    self.outputHeadStride = outputHeadStride
+    self.outputTokenStride = outputTokenStride
+    self.logSumExp = logSumExp
+    self.tokens = tokens
+    self.kvHeads = kvHeads
+    self.group = group
+    self.keyDim = keyDim
+    self.valueDim = valueDim
+    self.scale = scale
+    self.softcap = softcap
+    self.firstPosition = firstPosition
+    self.slidingWindow = slidingWindow
+    self.rotary = rotary
+    self.work = work
+  }
 }
 
 /// Consecutive slots of one KV head in one segment, read with one query phase.

@@ -22,6 +22,9 @@ package protocol ComputeBackend: AnyObject, Sendable {
   var name: String { get }
   var meter: MemoryMeter { get }
 
+  /// Refuses formats that the backend has no kernels for.
+  func require(_ format: SideFormat) throws(KVError)
+
   /// At least 64-byte aligned, contents unspecified. Throws `outOfMemory`. Memory that is not `hostVisible` is only
   /// ever handed back to this backend.
   func allocate(byteCount: Int, hostVisible: Bool) throws(KVError) -> Buffer
@@ -51,7 +54,9 @@ package protocol ComputeBackend: AnyObject, Sendable {
   func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int)
 
   /// Attention of every sequence of the plan over all its rows. Outputs are written, statistics added.
-  func attend(_ plan: AttentionPlan)
+  ///
+  /// - Throws: `outOfMemory` for intermediate results, `unavailable` when a device was lost.
+  func attend(_ plan: AttentionPlan) throws(KVError)
 
   /// A measure of every pair of rows; see ``RowComparison``.
   func compare(_ request: RowComparison, into result: UnsafeMutablePointer<Float>)
@@ -69,6 +74,8 @@ package protocol ComputeBackend: AnyObject, Sendable {
 }
 
 extension ComputeBackend {
+  package func require(_ format: SideFormat) throws(KVError) {}
+
   func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {
     sources.withUnsafeBufferPointer { transcode($0, to: target, row: row) }
   }

@@ -30,7 +30,7 @@ package final class DryRunBackend: ComputeBackend {
   package func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int) {
     host.initializeMemory(as: UInt8.self, repeating: 0, count: byteCount)
   }
-  package func attend(_ plan: AttentionPlan) {}
+  package func attend(_ plan: AttentionPlan) throws(KVError) {}
   package func compare(_ request: RowComparison, into result: UnsafeMutablePointer<Float>) {
     result.update(repeating: 0, count: request.first.count)
   }

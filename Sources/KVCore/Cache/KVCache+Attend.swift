@@ -63,7 +63,7 @@ extension KVCache {
         options: options ?? cache.attention, in: first.plan)
       token += count
     }
-    first.backend.operations.attend(first.plan)
+    try first.backend.operations.attend(first.plan)
     try first.checkFinite(output, layer: layer)
     token = 0
     for (cache, count) in zip(caches, tokens) {
@@ -84,7 +84,7 @@ extension KVCache {
     plan.reset()
     describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
     plan.sequences[0].logSumExp = logSumExp
-    backend.operations.attend(plan)
+    try backend.operations.attend(plan)
     try checkFinite(output, layer: layer)
     try conclude(layer: layer, queries: queries, options: options)
   }

@@ -45,6 +45,7 @@ public final class KVCache {
     try shape.validate()
     try attention.validate()
     try KVCache.check(policy, shape: shape, inputs: inputs)
+    for tier in policy.tiers { try tier.factory.validate(backend: backend.operations) }
     groups = try LayerGroup.all(policy, shape: shape)
     self.shape = shape
     self.policy = policy

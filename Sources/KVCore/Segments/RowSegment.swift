@@ -382,6 +382,11 @@ package struct RowFormat: SegmentFactory, Hashable {
       values: try valueRotation.map { (rotation) throws(KVError) in try values.rotated(rotation) } ?? values)
   }
 
+  package func validate(backend: any ComputeBackend) throws(KVError) {
+    try backend.require(keys)
+    try backend.require(values)
+  }
+
   package func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
     return keys.bytes(rows: rows, dim: layer.keyDim) + values.bytes(rows: rows, dim: layer.valueDim)

@@ -138,6 +138,8 @@ package protocol SegmentFactory: Sendable {
   ///
   /// - Throws: `invalidOption` where that side is not encoded, `unsupported` by representations that cannot rotate.
   func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory
+  /// Refuses backends without kernels for the representation.
+  func validate(backend: any ComputeBackend) throws(KVError)
   /// The most bytes one KV head needs for this many rows, with positions, dead slots that wait to be reclaimed, and
   /// accumulated attention when `scored`. Holes in frozen groups are not foreseen.
   func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int

@@ -138,7 +138,7 @@ struct KernelAttention {
               valueDim: layer.valueDim, scale: scale ?? 1 / Float(layer.keyDim).squareRoot(), softcap: softcap,
               firstPosition: firstPosition ?? Int.max, slidingWindow: slidingWindow, rotary: nil,
               work: 0..<plan.rows.count))
-          backend.operations.attend(plan)
+          do { try backend.operations.attend(plan) } catch { Issue.record(error) }
         }
       }
     }

@@ -1,0 +1,18 @@
+#include "ckv_cuda.h"
+#include <string.h>
+
+#pragma clang diagnostic ignored "-Wc23-extensions"
+
+static const char attend[] = {
+#embed "ptx/attend_80.ptx"
+    , 0};
+
+static const char rows[] = {
+#embed "ptx/rows_80.ptx"
+    , 0};
+
+const char *ckv_cuda_ptx(const char *name) {
+  if (strcmp(name, "attend") == 0) return attend;
+  if (strcmp(name, "rows") == 0) return rows;
+  return NULL;
+}

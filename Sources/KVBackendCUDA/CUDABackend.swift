@@ -1,0 +1,141 @@
+package import CKVCUDA
+internal import KVBackendCPU
+public import KVCore
+internal import Synchronization
+
+extension Backend {
+  /// Keeps rows in the memory of an NVIDIA card and computes there.
+  ///
+  /// Nothing of CUDA is needed to build or to run without one: the driver library is looked for when this is called.
+  /// Keys, values, queries and outputs may lie in ordinary memory, which is staged, or in device or pinned memory,
+  /// which is used in place.
+  ///
+  /// - Parameters:
+  ///   - device: which card.
+  ///   - context: the engine's own `CUcontext`, to share its allocations; nil for the card's primary context.
+  ///   - stream: the engine's `CUstream` in that context; nil with a context is its default stream.
+  /// - Throws: `unavailable`, naming what was looked for: the driver library, the card, or its capability.
+  public static func cuda(
+    device: Int = 0, context: UnsafeMutableRawPointer? = nil, stream: UnsafeMutableRawPointer? = nil
+  ) throws(KVError) -> Backend {
+    var why: UnsafePointer<CChar>?
+    guard let driver = ckv_cuda_load_driver(&why) else {
+      throw KVError(.unavailable, "no CUDA backend: \(why.map { String(cString: $0) } ?? "no driver")")
+    }
+    return Backend(try CUDABackend(driver: driver, device: device, context: context, stream: stream))
+  }
+}
+
+/// The CUDA backend. Rows are in device memory; positions, biases and statistics, which the core edits one by one, in
+/// pinned memory that kernels reach over the bus.
+package final class CUDABackend: ComputeBackend {
+  package let meter = MemoryMeter()
+  let session: CUDASession
+  /// For what lies in ordinary memory and is not worth a trip over the bus.
+  let host: CPUBackend
+  /// One call at a time: the stream is one, and so is the memory for descriptions and intermediate results.
+  private let lock = Mutex<Void>(())
+  /// Touched under the lock only, by `exclusively`.
+  nonisolated(unsafe) private var scratch = Scratch()
+
+  /// Memory between the calls.
+  struct Scratch {
+    /// Descriptions, staged tensors, results for the host.
+    var pinned = CUDAScratch(pinned: true)
+    var device = CUDAScratch(pinned: false)
+    /// Column sums of a window.
+    var columns = CUDAScratch(pinned: true)
+    var plan = CUDADescriptions()
+  }
+
+  package var name: String { "cuda (\(session.card), compute \(session.capability / 10).\(session.capability % 10))" }
+
+  package init(
+    driver: UnsafePointer<ckv_cuda_driver>, device: Int, context: UnsafeMutableRawPointer? = nil,
+    stream: UnsafeMutableRawPointer? = nil
+  ) throws(KVError) {
+    guard device >= 0, device < 1 << 16 else {
+      throw KVError(.invalidOption, "CUDA devices are counted from 0; got \(device)")
+    }
+    session = try CUDASession(driver, device: device, context: context, stream: stream)
+    host = try CPUBackend(threads: 1)
+  }
+
+  deinit {
+    session.synchronize()
+    scratch.pinned.free(session)
+    scratch.device.free(session)
+    scratch.columns.free(session)
+  }
+
+  /// Runs `body` alone with the memory between the calls.
+  func exclusively(_ body: (inout Scratch) throws(KVError) -> Void) throws(KVError) {
+    try lock.withLock { _ throws(KVError) in try body(&scratch) }
+  }
+
+  /// The same for what cannot fail at once: an error is kept for the next call that can.
+  func exclusivelyRecording(_ body: (inout Scratch) throws(KVError) -> Void) {
+    do throws(KVError) {
+      try exclusively(body)
+    } catch {
+      session.record(error)
+    }
+  }
+
+  package func require(_ format: SideFormat) throws(KVError) {
+    let known: [RowEncoding.Kind] = [.dense, .affinePerChannel, .affinePerToken]
+    if let body = format.body, !known.contains(body.kind) || format.map != nil {
+      throw KVError(
+        .unsupported,
+        "the CUDA backend has no kernels for \(body)\(format.map == nil ? "" : " behind a rotation or factors"); use "
+          + "the CPU backend")
+    }
+  }
+
+  package func allocate(byteCount: Int, hostVisible: Bool) throws(KVError) -> Buffer {
+    let session = session
+    if hostVisible {
+      return Buffer(base: try session.allocateHost(byteCount), byteCount: byteCount, meter: meter) {
+        // A kernel that still reads it is waited for by the driver.
+        session.releaseHost($0)
+      }
+    }
+    return Buffer(base: try session.allocate(byteCount), byteCount: byteCount, meter: meter) { session.release($0) }
+  }
+
+  package func copy(from host: UnsafeRawPointer, to device: UnsafeMutableRawPointer, byteCount: Int) {
+    session.copy(to: device, from: host, byteCount)
+    session.synchronize()
+  }
+
+  package func copy(from device: UnsafeRawPointer, toHost host: UnsafeMutableRawPointer, byteCount: Int) {
+    session.copy(to: host, from: device, byteCount)
+    session.synchronize()
+  }
+}
+
+extension RunSlice {
+  /// The description the kernels take; `start` rows of its list come before it.
+  func kernelSlice(start: Int) -> kv_slice {
+    kv_slice(
+      data: UInt64(UInt(bitPattern: run.base)), scale: UInt64(UInt(bitPattern: run.scales)),
+      min: UInt64(UInt(bitPattern: run.minima)), kind: UInt32(run.encoding.kind.rawValue),
+      dtype: UInt32(run.encoding.type.rawValue), bits: UInt32(run.encoding.bits), group: UInt32(run.encoding.group),
+      dim: UInt32(run.dim), first: UInt32(first), count: UInt32(count), start: UInt32(start))
+  }
+}
+
+/// Hands out ranges of a piece of memory whose size is known afterwards: first counted, then taken.
+struct CUDALayout {
+  private(set) var total = 0
+
+  /// Offset in bytes of `count` values, 256-byte aligned.
+  mutating func take<Value: BitwiseCopyable>(_ count: Int, of type: Value.Type) -> Int {
+    let offset = total
+    total += (max(count, 1) * MemoryLayout<Value>.stride + 255) / 256 * 256
+    return offset
+  }
+}
+
+/// Blocks for a grid that walks over `count` elements.
+func gridBlocks(_ count: Int) -> Int { min(max(1, (count + KV_THREADS - 1) / KV_THREADS), 4096) }

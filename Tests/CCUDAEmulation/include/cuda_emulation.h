@@ -1,0 +1,23 @@
+/* A CUDA driver that is none: the kernels of Sources/CKVCUDA, compiled as C++, run thread by thread on the CPU. */
+#ifndef CUDA_EMULATION_H
+#define CUDA_EMULATION_H
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A `ckv_cuda_driver`. */
+const void *cuda_emulation_driver(void);
+
+/* Makes the allocation after `count` further ones fail; a negative count never. */
+void cuda_emulation_fail_after(long count);
+
+/* Bytes of device memory that are allocated now. */
+size_t cuda_emulation_allocated(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

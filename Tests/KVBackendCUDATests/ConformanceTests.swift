@@ -1,0 +1,118 @@
+import CCUDAEmulation
+import KVBackendCPU
+import KVBackendCUDA
+import KVCompression
+import KVCore
+import Testing
+
+extension CUDATests {
+  /// The CUDA kernels, thread by thread on the CPU, against the portable CPU kernels: whole lives of caches.
+  @Suite struct ConformanceTests {
+    struct Geometry: CustomStringConvertible, Sendable {
+      var queryHeads: Int
+      var kvHeads: Int
+      var keyDim: Int
+      var valueDim: Int
+      var slidingWindow: Int?
+      var description: String { "\(queryHeads)/\(kvHeads)x\(keyDim):\(valueDim)" }
+
+      var shape: ModelShape {
+        ModelShape(
+          layers: [
+            LayerShape(
+              queryHeads: queryHeads, kvHeads: kvHeads, keyDim: keyDim, valueDim: valueDim,
+              slidingWindow: slidingWindow)
+          ])
+      }
+    }
+
+    static let geometries = [
+      Geometry(queryHeads: 4, kvHeads: 2, keyDim: 64, valueDim: 64),
+      Geometry(queryHeads: 2, kvHeads: 2, keyDim: 40, valueDim: 24),
+      Geometry(queryHeads: 16, kvHeads: 1, keyDim: 16, valueDim: 9),
+      Geometry(queryHeads: 3, kvHeads: 1, keyDim: 130, valueDim: 300),
+      Geometry(queryHeads: 2, kvHeads: 1, keyDim: 1, valueDim: 3, slidingWindow: 20),
+    ]
+
+    static let policies = [
+      "f32", "f16", "bf16", "kivi(bits=8,residual=32)", "kivi(bits=4,residual=32)", "kivi(bits=3,residual=32)",
+      "kivi(bits=2,residual=32,metadata=f32)", "h2o(budget=24)+f16", "h2o(budget=24)+kivi(bits=4,residual=32)",
+      "snapkv(budget=20,window=4,kernel=3)+f32", "snapkv(budget=40,window=4,reduction=max)+kivi(residual=32)",
+      "streaming(sinks=2,recent=20,positions=keep)+bf16",
+    ]
+
+    /// Seeded numbers in ±2, not symmetric.
+    struct Numbers {
+      var state: UInt64
+      mutating func next() -> Float {
+        state = state &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
+        return Float(Int32(truncatingIfNeeded: state >> 33)) / 1_073_741_824 - 0.9
+      }
+    }
+
+    /// One cache fed with the tokens of a sequence.
+    final class Subject {
+      let cache: KVCache
+      let shape: LayerShape
+
+      init(_ text: String, _ geometry: Geometry, _ backend: Backend) throws {
+        cache = try KVCache(
+          shape: geometry.shape, policy: PolicyRegistry.standard.policy(text), backend: backend)
+        shape = geometry.shape.layers[0]
+      }
+
+      func step(_ tokens: Int, seed: UInt64) throws -> [Float] {
+        var numbers = Numbers(state: seed)
+        let keys = (0..<shape.kvHeads * tokens * shape.keyDim).map { _ in numbers.next() }
+        let values = (0..<shape.kvHeads * tokens * shape.valueDim).map { _ in numbers.next() }
+        let queries = (0..<shape.queryHeads * tokens * shape.keyDim).map { _ in numbers.next() }
+        try cache.append(
+          layer: 0, keys: TensorView(keys.span, heads: shape.kvHeads, tokens: tokens, dim: shape.keyDim),
+          values: TensorView(values.span, heads: shape.kvHeads, tokens: tokens, dim: shape.valueDim))
+        var output = [Float](repeating: .nan, count: shape.queryHeads * tokens * shape.valueDim)
+        var span = output.mutableSpan
+        var view = try MutableTensorView(&span, heads: shape.queryHeads, tokens: tokens, dim: shape.valueDim)
+        try cache.attend(
+          layer: 0, queries: TensorView(queries.span, heads: shape.queryHeads, tokens: tokens, dim: shape.keyDim),
+          into: &view)
+        return output
+      }
+    }
+
+    /// Every policy meets the first shape and one of the odd ones.
+    static let cases = policies.enumerated().flatMap { index, policy in
+      [(policy, geometries[0]), (policy, geometries[1 + index % (geometries.count - 1)])]
+    }
+
+    @Test(arguments: cases)
+    func life(policy: String, geometry: Geometry) throws {
+      let before = cuda_emulation_allocated()
+      do {
+        let reference = try Subject(policy, geometry, .cpu(threads: 1, level: "portable"))
+        let subject = try Subject(policy, geometry, emulated())
+        for (turn, tokens) in [33, 1, 70].enumerated() {
+          compare(try subject.step(tokens, seed: UInt64(turn)), try reference.step(tokens, seed: UInt64(turn)))
+        }
+        try subject.cache.finishPrefill()
+        try reference.cache.finishPrefill()
+        for turn in 3..<12 {
+          compare(try subject.step(1, seed: UInt64(turn)), try reference.step(1, seed: UInt64(turn)))
+        }
+        #expect(subject.cache.bytes == reference.cache.bytes)
+        #expect(subject.cache.backend.memory.liveBytes == subject.cache.bytes.total)
+        for head in 0..<geometry.kvHeads {
+          let (a, b) = (try subject.cache.read(layer: 0, head: head), try reference.cache.read(layer: 0, head: head))
+          #expect(a.positions == b.positions)
+          #expect(a.keys == b.keys, "keys of head \(head)")
+          #expect(a.values == b.values, "values of head \(head)")
+        }
+      }
+      #expect(cuda_emulation_allocated() == before)
+    }
+
+    private func compare(_ a: [Float], _ b: [Float]) {
+      let worst = zip(a, b).map { abs($0 - $1) }.max() ?? 0
+      #expect(a.count == b.count && worst <= 2e-5, "off by \(worst)")
+    }
+  }
+}
