@@ -84,10 +84,10 @@ package final class CUDABackend: ComputeBackend {
 
   package func require(_ format: SideFormat) throws(KVError) {
     let known: [RowEncoding.Kind] = [.dense, .affinePerChannel, .affinePerToken]
-    if let body = format.body, !known.contains(body.kind) || format.map != nil {
+    if let body = format.body, !known.contains(body.kind) || format.map != .none {
       throw KVError(
         .unsupported,
-        "the CUDA backend has no kernels for \(body)\(format.map == nil ? "" : " behind a rotation or factors"); use "
+        "the CUDA backend has no kernels for \(body)\(format.map == .none ? "" : " behind a rotation or factors"); use "
           + "the CPU backend")
     }
   }
