@@ -20,5 +20,5 @@
 
 #pragma clang attribute pop
 
-const ckv_kernels ckv_avx2 = V_TABLE("avx2", logits);
+const ckv_kernels ckv_avx2 = V_TABLE("avx2", logits, accumulate);
 #endif

@@ -24,6 +24,6 @@
 
 #pragma clang attribute pop
 
-const ckv_kernels ckv_avx512 = V_TABLE("avx512", logits);
-const ckv_kernels ckv_avx512_vnni = V_TABLE("avx512", ckv_logits_vnni);
+const ckv_kernels ckv_avx512 = V_TABLE("avx512", logits, accumulate);
+const ckv_kernels ckv_avx512_vnni = V_TABLE("avx512", ckv_logits_vnni, ckv_accumulate_vnni);
 #endif

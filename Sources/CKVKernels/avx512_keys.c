@@ -1,13 +1,12 @@
 /* logits over CKV_AFFINE_CHANNEL with VNNI, for the level "avx512".
  *
  * dot(q, row) = sum_c (q_c scale_c) code_c + sum_c q_c min_c. The second sum is one number for a group. For the first
- * the folded query q_c scale_c is held in 24-bit fixed point, relative to its largest element, as three signed bytes;
- * the sums of bytes times codes are exact integers. So the error is that of rounding the folded query once, half of
- * 2^-23 of its largest element for every unit of code, about what f32 sums of the same products have.
+ * the folded query q_c scale_c is held in 16-bit fixed point, relative to its largest element, as two signed bytes;
+ * the sums of bytes times codes are exact integers. The error is that of rounding the folded query once (ckv.h).
  *
- * A block is 32 rows, taken 16 at a time: codes are rearranged so that a vector holds four channels (a quad) of 16
- * rows, and vpdpbusd multiplies them by the same four bytes of the folded query and adds them up. A sum of a lane is
- * the sum of a row: nothing is left to add horizontally. */
+ * A block is 32 rows: codes are rearranged so that a vector holds four channels (a quad) of 16 rows, and vpdpbusd
+ * multiplies them by the same four bytes of the folded query and adds them up. A sum of a lane is the sum of a row:
+ * nothing is left to add horizontally. Codes of 2 and 3 bits become nibbles first, once for all query rows. */
 #if defined(__x86_64__)
 #include "internal.h"
 
@@ -20,20 +19,17 @@
 
 #include "lanes_typed.h"
 
-enum { BLOCK = 32, QUERIES = 4, PLANES = 3 };
+#include "avx512_fixed.h"
+
+enum { BLOCK = 32, QUERIES = 4, PLANES = 2, DIGITS = QUERIES * PLANES * 4 /* dwords for 16 channels */ };
 
 /* How far ahead codes and metadata are asked for, in bytes. */
 enum { AHEAD = 8192, META_AHEAD = 1024 };
 
-/* The largest magnitude of three signed digits of base 256, with room for rounding. */
-static const float full_range = 8355000.0f;
-
 /* The query rows of a block folded with the scale and min of one group. */
 typedef struct {
-  float *products; /* [16 channels][query row][16] */
-  int32_t *digits; /* [16 channels][query row][quad][plane, one unused] */
-  vf inverse[QUERIES];
-  float factor[QUERIES], bias[QUERIES];
+  int32_t *digits; /* [16 channels][pair of query rows][quad][query row][plane] */
+  float inverse[QUERIES], factor[QUERIES], bias[QUERIES];
 } folded;
 
 /* Within 128 bits: byte k of dword d goes to byte d of dword k. */
@@ -42,62 +38,64 @@ CKV_INLINE __m512i transpose_bytes(__m512i x) {
       x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
 }
 
-CKV_INLINE void max4(const vf x[4], float out[4]) {
-  vf ab = vf_max(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-  vf cd = vf_max(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-  vf low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-  vf high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-  vf all = vf_max(low, high);
-  __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+/* Bias and the largest product of n <= 16 channels from c on. */
+CKV_INLINE void range_step(const ckv_run *run, const uint32_t type, uint32_t g, uint32_t c, const uint32_t n,
+                           const float *q, const uint32_t nq, size_t q_stride, vf bias[QUERIES], vf high[QUERIES]) {
+  const char *s_at = ckv_offset(run->scale, type, (size_t)g * run->dim + c);
+  const char *mn_at = ckv_offset(run->min, type, (size_t)g * run->dim + c);
+  __builtin_prefetch(s_at + META_AHEAD);
+  __builtin_prefetch(mn_at + META_AHEAD);
+  const vf s = vf_load_as_n(s_at, type, n), mn = vf_load_as_n(mn_at, type, n);
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++) {
+    vf y = n == 16 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);
+    bias[j] = vf_fma(y, mn, bias[j]);
+    high[j] = _mm512_range_ps(y * s, high[j], 0x0b); /* the larger magnitude */
+  }
 }
 
-/* First half of folding: the products and what follows from the largest. Apart from the second half because that
- * waits for reductions and a division, which other work can hide. */
-CKV_INLINE void fold_products(const ckv_run *run, uint32_t type, uint32_t g, const float *q, const uint32_t nq,
-                              size_t q_stride, float scale, folded *f) {
-  const uint32_t dim = run->dim;
+/* First half of folding: what follows from the largest product. Apart from the second half because that waits for
+ * reductions and a division, which other work can hide. */
+CKV_INLINE void find_range(const ckv_run *run, const uint32_t type, uint32_t g, const float *q, const uint32_t nq,
+                           size_t q_stride, float scale, folded *f) {
   vf bias[QUERIES], high[QUERIES];
   CKV_UNROLL
   for (uint32_t j = 0; j < QUERIES; j++) bias[j] = high[j] = vf_zero();
-  for (uint32_t c = 0; c < dim; c += 16) {
-    uint32_t n = ckv_min_u32(16, dim - c);
-    const void *s_at = ckv_offset(run->scale, type, (size_t)g * dim + c);
-    const void *mn_at = ckv_offset(run->min, type, (size_t)g * dim + c);
-    __builtin_prefetch((const char *)s_at + META_AHEAD);
-    __builtin_prefetch((const char *)mn_at + META_AHEAD);
-    vf s = vf_load_as_n(s_at, type, n), mn = vf_load_as_n(mn_at, type, n);
-    CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++) {
-      vf y = vf_load_n(q + j * q_stride + c, n), product = y * s;
-      vf_store(f->products + c * QUERIES + 16 * j, product);
-      bias[j] = vf_fma(y, mn, bias[j]);
-      high[j] = vf_max(vf_abs(product), high[j]);
-    }
-  }
-  float largest[4], sum[4];
-  max4(high, largest);
+  uint32_t c = 0;
+  for (; c + 16 <= run->dim; c += 16) range_step(run, type, g, c, 16, q, nq, q_stride, bias, high);
+  if (c < run->dim) range_step(run, type, g, c, run->dim - c, q, nq, q_stride, bias, high);
+  float largest[4], sum[4], inverse[4], factor[4];
+  vf_max4(high[0], high[1], high[2], high[3], largest);
   vf_sum4(bias[0], bias[1], bias[2], bias[3], sum);
+  __m128 x = _mm_loadu_ps(largest), vanishes = _mm_cmplt_ps(x, _mm_set1_ps(1e-30f)); /* no inverse could scale it */
+  _mm_storeu_ps(inverse, _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(v_full_range), x)));
+  _mm_storeu_ps(factor, _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / v_full_range))));
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
-    bool vanishes = largest[j] < 1e-30f; /* below what its inverse could scale */
-    f->inverse[j] = vf_set1(vanishes ? 0 : full_range / largest[j]);
-    f->factor[j] = vanishes ? 0 : scale * (largest[j] * (1 / full_range));
+    f->inverse[j] = inverse[j];
+    f->factor[j] = scale * factor[j];
     f->bias[j] = scale * sum[j];
   }
 }
 
-/* Second half: the products in fixed point, as signed digits. */
-CKV_INLINE void fold_digits(const folded *f, uint32_t dim, const uint32_t nq) {
-  const __m512i half = _mm512_set1_epi32(0x808080);
-  for (uint32_t c = 0; c < dim; c += 16) {
-    CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++) {
-      __m512i v = _mm512_cvtps_epi32(vf_load(f->products + c * QUERIES + 16 * j) * f->inverse[j]);
-      v = _mm512_xor_si512(_mm512_add_epi32(v, half), half); /* bytes from -128 to 127 */
-      _mm512_storeu_si512(f->digits + c * QUERIES + 16 * j, transpose_bytes(v));
-    }
+CKV_INLINE void digits_step(const ckv_run *run, const uint32_t type, uint32_t g, uint32_t c, const uint32_t n,
+                            const float *q, const uint32_t nq, size_t q_stride, const folded *f) {
+  const vf s = vf_load_as_n(ckv_offset(run->scale, type, (size_t)g * run->dim + c), type, n);
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j += 2) {
+    const float *y = q + j * q_stride + c, *z = j + 1 < nq ? y + q_stride : y;
+    vf a = v_fixed((n == 16 ? vf_load(y) : vf_load_n(y, n)) * s, vf_set1(f->inverse[j])), b = a;
+    if (j + 1 < nq) b = v_fixed((n == 16 ? vf_load(z) : vf_load_n(z, n)) * s, vf_set1(f->inverse[j + 1]));
+    _mm512_storeu_si512(f->digits + c * DIGITS / 16 + 8 * j, v_digits(a, b));
   }
+}
+
+/* Second half: the products in fixed point, as signed digits. */
+CKV_INLINE void fold_digits(const ckv_run *run, const uint32_t type, uint32_t g, const float *q, const uint32_t nq,
+                            size_t q_stride, const folded *f) {
+  uint32_t c = 0;
+  for (; c + 16 <= run->dim; c += 16) digits_step(run, type, g, c, 16, q, nq, q_stride, f);
+  if (c < run->dim) digits_step(run, type, g, c, run->dim - c, q, nq, q_stride, f);
 }
 
 /* to[i], lane k = from[k], lane i, of 128 bits. */
@@ -110,95 +108,125 @@ CKV_INLINE void transpose_lanes(const __m512i from[4], __m512i to[4]) {
   to[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
-/* The codes of 16 rows of a block and n <= 16 channels: quads[i] holds channels 4i ..< 4i+4. `words` is the first word
- * row of the block, `top` that of its high plane. Rows: for 8 bits lane * 4 + dword of rows 16 * half ..< +16, for 2
- * and 3 bits dword * 4 + lane of the same. For 4 bits the bytes of all 32 rows: lane * 8 + dword * 2 is the row of
- * the low nibble. Codes of 2 bits stay where they are in their bytes, in lane k larger by 4^k. */
-CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t dim, uint32_t n, const uint32_t bits,
-                           const uint32_t half, __m512i quads[4]) {
-  __m512i x[4];
-  if (bits >= 4) {
-    const uint32_t first = bits == 8 ? 4 * half : 0;
-    CKV_UNROLL
-    for (uint32_t w = 0; w < 4; w++) {
-      const uint32_t *from = words + (size_t)(first + w) * dim;
-      __builtin_prefetch((const char *)from + AHEAD);
-      x[w] = transpose_bytes(vi_load_n(from, n));
-    }
-    transpose_lanes(x, quads);
-    return;
-  }
-  words += (size_t)half * dim;
-  __builtin_prefetch((const char *)words + AHEAD);
-  __m512i low = transpose_bytes(vi_load_n(words, n)), high = low;
-  if (bits == 3) {
-    /* Byte d of the low word is rows 16 * half + 4d ..< +4: a nibble of byte 2 * half + d / 2 of the high word. */
-    const __m512i bytes = _mm512_add_epi8(
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 0, 4, 8, 12, 1, 5, 9, 13, 1, 5, 9, 13)),
-        _mm512_set1_epi8((char)(2 * half)));
-    const __m512i nibble = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 4, 0, 4));
-    high = _mm512_srlv_epi32(_mm512_shuffle_epi8(vi_load_n(top, n), bytes), nibble);
-  }
+/* Codes of 3 bits of 32 rows as nibbles: of the low plane's words and the high plane's. Nibble h of byte k of word w
+ * is row 4 b + 2 h + w % 2, b = 2 (0 2 1 3)[k] + w / 2: see `places`. */
+CKV_INLINE void nibbles_of_3(__m512i low0, __m512i low1, __m512i high, __m512i x[4]) {
+  const __m512i bytes = _mm512_set1_epi16(0x00ff), pairs = _mm512_set1_epi8(0x33), nibble = _mm512_set1_epi8(0x0f);
+  /* Four bits to bits 2 and 6: the first and third, the second and fourth. */
+  const __m512i spread0 =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
+  const __m512i spread1 =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
+  const __m512i middle = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  high = _mm512_shuffle_epi8(high, middle);
+  const __m512i h[2] = {_mm512_and_si512(high, nibble), _mm512_and_si512(_mm512_srli_epi16(high, 4), nibble)};
+  /* Even bytes and odd bytes of both words; 0xca is a ? b : c. */
+  const __m512i l[2] = {_mm512_ternarylogic_epi32(bytes, low0, _mm512_slli_epi16(low1, 8), 0xca),
+                        _mm512_ternarylogic_epi32(bytes, _mm512_srli_epi16(low0, 8), low1, 0xca)};
   CKV_UNROLL
-  for (uint32_t k = 0; k < 4; k++) {
-    if (bits == 2) {
-      x[k] = _mm512_and_si512(low, _mm512_set1_epi8((char)(3 << 2 * k)));
-      continue;
-    }
-    x[k] = _mm512_and_si512(_mm512_srli_epi16(low, 2 * k), _mm512_set1_epi8(3));
-    __m512i third = k < 2 ? _mm512_slli_epi16(high, 2 - k) : _mm512_srli_epi16(high, k - 2);
-    x[k] = _mm512_ternarylogic_epi32(x[k], third, _mm512_set1_epi8(4), 0xf8); /* x | (third & 4) */
+  for (uint32_t i = 0; i < 2; i++) { /* 0xea is (a & b) | c */
+    x[2 * i] = _mm512_ternarylogic_epi32(l[i], pairs, _mm512_shuffle_epi8(spread0, h[i]), 0xea);
+    __m512i odd = _mm512_srli_epi16(l[i], 2);
+    x[2 * i + 1] = _mm512_ternarylogic_epi32(odd, pairs, _mm512_shuffle_epi8(spread1, h[i]), 0xea);
   }
-  transpose_lanes(x, quads);
 }
 
-/* The sums of rows: out[half][j]. The halves are taken from a pair of nibbles for 4 bits, otherwise it is one half. */
-CKV_INLINE void half_blocks(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t bits,
-                            const uint32_t half, const uint32_t halves, const int32_t *digits, const uint32_t nq,
-                            vf out[2][QUERIES]) {
-  /* With few query rows each sum is split, for the instructions not to wait for each other. */
-  const uint32_t split = nq == 1 ? 4 : nq == 2 ? 2 : 1;
-  __m512i sum[2][QUERIES][PLANES][4];
+/* The codes of a block and n <= 16 channels: vector i of a half holds channels 4i ..< 4i+4 of 16 rows. `words` is the
+ * first word row of the block, `top` that of its high plane. For 8 bits the halves are rows 0 ..< 16 and 16 ..< 32,
+ * otherwise low and high nibbles, the high ones where they stand; `places` says of which rows. */
+CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t n,
+                           const uint32_t bits, __m512i quads[2][4]) {
+  const uint32_t planes = bits == 3 ? 2 : bits;
+  __m512i x[8];
   CKV_UNROLL
-  for (uint32_t h = half; h < half + halves; h++)
-    CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++)
-      CKV_UNROLL
-      for (uint32_t i = 0; i < PLANES * 4; i++) sum[h][j][i / 4][i % 4] = _mm512_setzero_si512();
-  for (uint32_t c = 0; c < dim; c += 16) {
-    __m512i quads[4];
-    load_quads(words + c, top + c, dim, ckv_min_u32(16, dim - c), bits, half, quads);
-    CKV_UNROLL
-    for (uint32_t i = 0; i < 4; i++) {
-      __m512i x[2] = {quads[i], quads[i]};
-      if (bits == 4) {
-        x[0] = _mm512_and_si512(x[0], _mm512_set1_epi8(0x0f));
-        x[1] = _mm512_and_si512(x[1], _mm512_set1_epi8((char)0xf0));
-      }
-      CKV_UNROLL
-      for (uint32_t t = 0; t < nq * PLANES; t++) {
-        __m512i y = _mm512_set1_epi32(digits[c * QUERIES + t / PLANES * 16 + 4 * i + t % PLANES]);
-        CKV_UNROLL
-        for (uint32_t h = half; h < half + halves; h++) {
-          __m512i *to = &sum[h][t / PLANES][t % PLANES][i % split];
-          *to = _mm512_dpbusd_epi32(*to, x[h], y);
-        }
-      }
-    }
+  for (uint32_t w = 0; w < planes; w++) {
+    const uint32_t *from = words + (size_t)w * dim;
+    __builtin_prefetch((const char *)from + AHEAD);
+    x[w] = vi_load_n(from, n);
+  }
+  if (bits == 3) nibbles_of_3(x[0], x[1], vi_load_n(top, n), x);
+  if (bits == 2) {
+    const __m512i pairs = _mm512_set1_epi8(0x33);
+    x[3] = _mm512_and_si512(_mm512_srli_epi16(x[1], 2), pairs);
+    x[2] = _mm512_and_si512(x[1], pairs);
+    x[1] = _mm512_and_si512(_mm512_srli_epi16(x[0], 2), pairs);
+    x[0] = _mm512_and_si512(x[0], pairs);
   }
   CKV_UNROLL
-  for (uint32_t h = half; h < half + halves; h++)
+  for (uint32_t w = 0; w < (bits == 8 ? 8 : 4); w++) x[w] = transpose_bytes(x[w]);
+  transpose_lanes(x, quads[0]);
+  if (bits == 8) {
+    transpose_lanes(x + 4, quads[1]);
+    return;
+  }
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i++) {
+    quads[1][i] = _mm512_and_si512(quads[0][i], _mm512_set1_epi8((char)0xf0));
+    quads[0][i] = _mm512_and_si512(quads[0][i], _mm512_set1_epi8(0x0f));
+  }
+}
+
+typedef struct {
+  __m512i of[2][QUERIES][PLANES][4]; /* [half][query row][plane], and parts of a sum */
+} block_sums;
+
+/* With few query rows each sum is split, for the instructions not to wait for each other. */
+CKV_INLINE uint32_t split_of(uint32_t nq) { return nq == 1 ? 4 : nq == 2 ? 2 : 1; }
+
+CKV_INLINE void add_channels(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t n,
+                             const uint32_t bits, const int32_t *digits, const uint32_t nq, block_sums *sum) {
+  __m512i quads[2][4];
+  load_quads(words, top, dim, n, bits, quads);
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i++)
     CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++) {
-      __m512i(*s)[4] = sum[h][j];
+    for (uint32_t t = 0; t < nq * PLANES; t++) {
+      __m512i y = _mm512_set1_epi32(digits[t / 4 * 16 + 4 * i + t % 4]);
       CKV_UNROLL
-      for (uint32_t i = 1; i < split; i++)
-        CKV_UNROLL
-        for (uint32_t t = 0; t < PLANES; t++) s[t][0] = _mm512_add_epi32(s[t][0], s[t][i]);
-      vf rest = vf_fma(_mm512_cvtepi32_ps(s[1][0]), vf_set1(256), _mm512_cvtepi32_ps(s[0][0]));
-      out[h][j] = vf_fma(_mm512_cvtepi32_ps(s[2][0]), vf_set1(65536), rest);
+      for (uint32_t h = 0; h < 2; h++) {
+        __m512i *to = &sum->of[h][t / PLANES][t % PLANES][i % split_of(nq)];
+        *to = _mm512_dpbusd_epi32(*to, quads[h][i], y);
+      }
     }
 }
+
+/* The sums of rows: out[half][j]. */
+CKV_INLINE void half_blocks(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t bits,
+                            const int32_t *digits, const uint32_t nq, vf out[2][QUERIES]) {
+  block_sums sum;
+  CKV_UNROLL
+  for (uint32_t t = 0; t < 2 * nq * PLANES; t++)
+    CKV_UNROLL
+    for (uint32_t i = 0; i < split_of(nq); i++)
+      sum.of[t % 2][t / 2 / PLANES][t / 2 % PLANES][i] = _mm512_setzero_si512();
+  uint32_t c = 0;
+  for (; c + 16 <= dim; c += 16, digits += DIGITS) add_channels(words + c, top + c, dim, 16, bits, digits, nq, &sum);
+  if (c < dim) add_channels(words + c, top + c, dim, dim - c, bits, digits, nq, &sum);
+  CKV_UNROLL
+  for (uint32_t t = 0; t < 2 * nq; t++) {
+    __m512i(*s)[4] = sum.of[t % 2][t / 2];
+    CKV_UNROLL
+    for (uint32_t i = 1; i < split_of(nq); i++) {
+      s[0][0] = _mm512_add_epi32(s[0][0], s[0][i]);
+      s[1][0] = _mm512_add_epi32(s[1][0], s[1][i]);
+    }
+    out[t % 2][t / 2] = vf_fma(_mm512_cvtepi32_ps(s[1][0]), vf_set1(256), _mm512_cvtepi32_ps(s[0][0]));
+  }
+}
+
+/* Where the sums of rows 0 ..< 16 (index 0) and 16 ..< 32 of a block lie in its halves; 16 and more are the second. */
+static const uint8_t places[4][2][16] = {
+    /* 2 bits: lane 4 w + k of half h is row 16 (w / 2) + w % 2 + 4 k + 2 h */
+    {{0, 4, 16, 20, 1, 5, 17, 21, 2, 6, 18, 22, 3, 7, 19, 23},
+     {8, 12, 24, 28, 9, 13, 25, 29, 10, 14, 26, 30, 11, 15, 27, 31}},
+    /* 3 bits: see nibbles_of_3 */
+    {{0, 4, 16, 20, 8, 12, 24, 28, 2, 6, 18, 22, 10, 14, 26, 30},
+     {1, 5, 17, 21, 9, 13, 25, 29, 3, 7, 19, 23, 11, 15, 27, 31}},
+    /* 4 bits: row 8 w + 2 k + h */
+    {{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
+     {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}},
+    {{0}, {0}},
+};
 
 /* Rows [begin, end) of block `block` of group g to out, whose first element is row `begin`. */
 CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g, uint32_t block, uint32_t begin,
@@ -211,28 +239,20 @@ CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g
     words += (size_t)block * bits * dim;
   }
   vf sums[2][QUERIES];
-  if (bits == 4) {
-    half_blocks(words, top, dim, bits, 0, 2, f->digits, nq, sums);
-  } else {
-    half_blocks(words, top, dim, bits, 0, 1, f->digits, nq, sums);
-    half_blocks(words, top, dim, bits, 1, 1, f->digits, nq, sums);
-  }
+  half_blocks(words, top, dim, bits, f->digits, nq, sums);
+  const uint8_t(*place)[16] = places[bits - 2 < 3 ? bits - 2 : 3];
+  const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)place[0]));
+  const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)place[1]));
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
-    vf low = sums[0][j], high = sums[1][j], factor = vf_set1(f->factor[j]), bias = vf_set1(f->bias[j]);
-    if (bits == 4) { /* even and odd rows; the odd ones' codes were in the high nibble */
-      const __m512i zip = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      vf odd = high * vf_set1(0x1p-4f);
-      high = _mm512_permutex2var_ps(low, _mm512_add_epi32(zip, _mm512_set1_epi32(8)), odd);
-      low = _mm512_permutex2var_ps(low, zip, odd);
-    } else if (bits < 4) { /* dword * 4 + lane */
-      const __m512i swap = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      low = _mm512_permutexvar_ps(swap, low);
-      high = _mm512_permutexvar_ps(swap, high);
+    vf factor = vf_set1(f->factor[j]), bias = vf_set1(f->bias[j]);
+    vf low = vf_fma(sums[0][j], factor, bias);
+    vf high = vf_fma(sums[1][j], bits == 8 ? factor : factor * vf_set1(0x1p-4f), bias);
+    if (bits != 8) {
+      vf rows = _mm512_permutex2var_ps(low, first, high);
+      high = _mm512_permutex2var_ps(low, second, high);
+      low = rows;
     }
-    if (bits == 2) factor = factor * _mm512_broadcast_f32x4(_mm_setr_ps(1, 0x1p-2f, 0x1p-4f, 0x1p-6f));
-    low = vf_fma(low, factor, bias);
-    high = vf_fma(high, factor, bias);
     if (end - begin == BLOCK) {
       vf_store(out + j * ld, low);
       vf_store(out + j * ld + 16, high);
@@ -246,19 +266,18 @@ CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g
 }
 
 /* Rows [first, first + count) for nq query rows. While the blocks of one group run, the next is half folded. */
-CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, uint32_t first, uint32_t count, const float *q,
-                               const uint32_t nq, size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
-  const uint32_t padded = (run->dim + 15) & ~15u, end = first + count;
+CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t first,
+                               uint32_t count, const float *q, const uint32_t nq, size_t q_stride, float scale,
+                               float *out, size_t ld, float *scratch) {
+  const uint32_t end = first + count;
   folded f[2];
-  f[0].products = scratch;
-  f[1].products = scratch + (size_t)padded * QUERIES;
-  f[0].digits = f[1].digits = (int32_t *)(scratch + (size_t)2 * padded * QUERIES);
+  f[0].digits = f[1].digits = (int32_t *)scratch;
   uint32_t g = first / run->group, turn = 0;
-  fold_products(run, run->dtype, g, q, nq, q_stride, scale, &f[0]);
+  find_range(run, type, g, q, nq, q_stride, scale, &f[0]);
   for (uint32_t row = first; row < end; g++, turn ^= 1) {
     uint32_t stop = ckv_min_u32(end, (g + 1) * run->group);
-    fold_digits(&f[turn], run->dim, nq);
-    if (stop < end) fold_products(run, run->dtype, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
+    fold_digits(run, type, g, q, nq, q_stride, &f[turn]);
+    if (stop < end) find_range(run, type, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
     while (row < stop) {
       uint32_t in_group = row - g * run->group, block = in_group / BLOCK, begin = in_group % BLOCK;
       uint32_t n = ckv_min_u32(stop - row, BLOCK - begin);
@@ -268,33 +287,49 @@ CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, uint32_t
   }
 }
 
-/* All m query rows, four, two and one at a time, over parts of the rows that stay in the cache meanwhile. */
-CKV_INLINE void channel_logits_all(const ckv_run *run, const uint32_t bits, uint32_t first, uint32_t count,
-                                   const float *q, uint32_t m, size_t q_stride, float scale, float *out, size_t ld,
-                                   float *scratch) {
+/* All m query rows, four at a time and the rest, over parts of the rows that stay in the cache meanwhile. */
+CKV_INLINE void channel_logits_all(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t first,
+                                   uint32_t count, const float *q, uint32_t m, size_t q_stride, float scale,
+                                   float *out, size_t ld, float *scratch) {
   const uint32_t part = m <= QUERIES ? count : 256;
   for (uint32_t i = 0, n; i < count; i += n) {
     n = ckv_min_u32(part, count - i);
-    for (uint32_t j = 0, nq; j < m; j += nq) {
+    for (uint32_t j = 0; j < m; j += QUERIES) {
       const float *y = q + j * q_stride;
       float *to = out + j * ld + i;
-      nq = m - j >= 4 ? 4 : m - j >= 2 ? 2 : 1;
-      if (nq == 4) channel_logits(run, bits, first + i, n, y, 4, q_stride, scale, to, ld, scratch);
-      else if (nq == 2) channel_logits(run, bits, first + i, n, y, 2, q_stride, scale, to, ld, scratch);
-      else channel_logits(run, bits, first + i, n, y, 1, q_stride, scale, to, ld, scratch);
+      switch (ckv_min_u32(QUERIES, m - j)) {
+        case 1: channel_logits(run, bits, type, first + i, n, y, 1, q_stride, scale, to, ld, scratch); break;
+        case 2: channel_logits(run, bits, type, first + i, n, y, 2, q_stride, scale, to, ld, scratch); break;
+        case 3: channel_logits(run, bits, type, first + i, n, y, 3, q_stride, scale, to, ld, scratch); break;
+        default: channel_logits(run, bits, type, first + i, n, y, 4, q_stride, scale, to, ld, scratch); break;
+      }
     }
   }
 }
 
+#define CKV_BITS(bits)                                                                                               \
+  static __attribute__((noinline)) void logits_##bits(const ckv_run *run, uint32_t first, uint32_t count,            \
+                                                      const float *q, uint32_t m, size_t q_stride, float scale,      \
+                                                      float *out, size_t ld, float *scratch) {                       \
+    if (run->dtype == CKV_F16)                                                                                       \
+      channel_logits_all(run, bits, CKV_F16, first, count, q, m, q_stride, scale, out, ld, scratch);                 \
+    else                                                                                                             \
+      channel_logits_all(run, bits, run->dtype, first, count, q, m, q_stride, scale, out, ld, scratch);              \
+  }
+CKV_BITS(2)
+CKV_BITS(3)
+CKV_BITS(4)
+CKV_BITS(8)
+#undef CKV_BITS
+
 void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch) {
-  if (run->kind != CKV_AFFINE_CHANNEL || m >= CKV_MANY_QUERIES)
-    ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+  if (run->kind != CKV_AFFINE_CHANNEL) ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
   else if (count == 0 || m == 0) return;
-  else if (run->bits == 2) channel_logits_all(run, 2, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 3) channel_logits_all(run, 3, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 4) channel_logits_all(run, 4, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else channel_logits_all(run, 8, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else if (run->bits == 2) logits_2(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else if (run->bits == 3) logits_3(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else if (run->bits == 4) logits_4(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else logits_8(run, first, count, q, m, q_stride, scale, out, ld, scratch);
 }
 
 #pragma clang attribute pop

@@ -187,9 +187,12 @@ extern const ckv_kernels ckv_portable;
 extern const ckv_kernels ckv_avx2;
 extern const ckv_kernels ckv_avx512;      /* F, BW, VL, DQ */
 extern const ckv_kernels ckv_avx512_vnni; /* the same with VNNI; the same name, chosen by the CPU */
-/* Its logits: affine keys by integer dot products. */
+/* Its logits and accumulate: affine keys and values by integer products. */
 void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch);
+void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
+                         float *acc, size_t acc_stride, float *scratch);
+size_t ckv_sums_scratch_floats(uint32_t dim);
 #elif defined(__aarch64__)
 extern const ckv_kernels ckv_neon;
 #endif

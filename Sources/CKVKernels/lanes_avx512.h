@@ -107,6 +107,17 @@ CKV_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float out[4]) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
+/* The largest of each of four vectors. */
+CKV_INLINE void vf_max4(vf a, vf b, vf c, vf d, float out[4]) {
+  vf ab = vf_max(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  vf cd = vf_max(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  vf low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  vf high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  vf all = vf_max(low, high);
+  __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 /* to[c * to_stride + r] = from[r * from_stride + c] for 16 x 16 floats. */
 CKV_INLINE void vf_transpose(const float *from, size_t from_stride, float *to, size_t to_stride) {
   __m512 a[16], b[16];

@@ -1,8 +1,8 @@
-/* The operations of a level that lanes_*.h define; the entry `logits` may be another. */
-#define V_TABLE(level_name, logits_entry)                                                                            \
+/* The operations of a level that lanes_*.h define; the entries `logits` and `accumulate` may be others. */
+#define V_TABLE(level_name, logits_entry, accumulate_entry)                                                          \
   {                                                                                                                  \
-    .name = level_name, .logits = logits_entry, .accumulate = accumulate, .softmax = softmax, .exp_shift = exp_shift, \
-    .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot,                                                      \
+    .name = level_name, .logits = logits_entry, .accumulate = accumulate_entry, .softmax = softmax,                  \
+    .exp_shift = exp_shift, .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot,                              \
     .normalise_rows = normalise_rows, .compare_rows = compare_rows, .mix_rows = mix_rows, .convert = convert,        \
     .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \
     .decode = decode, .hadamard = hadamard, .read_memory = read_memory,                                              \

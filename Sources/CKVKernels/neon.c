@@ -16,5 +16,5 @@
 #include "lanes_attend.h"
 #include "lanes_table.h"
 
-const ckv_kernels ckv_neon = V_TABLE("neon", logits);
+const ckv_kernels ckv_neon = V_TABLE("neon", logits, accumulate);
 #endif

@@ -1,7 +1,7 @@
 /* logits and accumulate against sums in double over the decoded rows, with the bound of a dot product:
  * terms * eps * sum |x| |y|. For affine runs the two parts of a value, code * scale and min, are summed apart by
  * kernels that fold the scale into the query, so |x| is |code * scale| + |min| there; kernels that hold the folded
- * query in 24-bit fixed point add 2^-23 of its largest element for every unit of code. */
+ * query or weight in 16-bit fixed point add 2^-16 of its largest for every unit of code (ckv.h). */
 #include "check.h"
 
 #include <math.h>
@@ -118,7 +118,7 @@ static void check_logits(const ckv_kernels *k, const subject *s) {
         largest = fmax(largest, fabs(y) * s->step[(size_t)i * dim + c]);
       }
       want[(size_t)j * rows + i] = (double)scale * sum;
-      bound[(size_t)j * rows + i] = (double)scale * ((dim + 8) * eps * size + dim * 0x1p-23 * largest) + 0x1p-120;
+      bound[(size_t)j * rows + i] = (double)scale * ((dim + 8) * eps * size + dim * 0x1.02p-16 * largest) + 0x1p-120;
     }
   }
   for (size_t mi = 0; mi < sizeof ms / sizeof *ms; mi++) {
@@ -167,15 +167,17 @@ static void check_accumulate(const ckv_kernels *k, const subject *s) {
   for (uint32_t index = 0; index < 4; index++) {
     uint32_t first, count = part(index, rows, &first);
     double *sum = exact((size_t)MAX_M * dim * sizeof(double)), *size = exact((size_t)MAX_M * dim * sizeof(double));
+    double *rounding = exact((size_t)MAX_M * dim * sizeof(double));
     for (uint32_t j = 0; j < MAX_M; j++) {
-      double *a = sum + (size_t)j * dim, *b = size + (size_t)j * dim;
-      for (uint32_t c = 0; c < dim; c++) a[c] = 0.5, b[c] = 0.5;
+      double *a = sum + (size_t)j * dim, *b = size + (size_t)j * dim, *e = rounding + (size_t)j * dim;
+      for (uint32_t c = 0; c < dim; c++) a[c] = 0.5, b[c] = 0.5, e[c] = 0;
       for (uint32_t i = 0; i < count; i++) {
         double w = (double)p[j * ld + i], magnitude = fabs(w);
         const double *x = s->x + (size_t)(first + i) * dim, *y = s->size + (size_t)(first + i) * dim;
         for (uint32_t c = 0; c < dim; c++) {
           a[c] += w * x[c];
           b[c] += magnitude * y[c];
+          e[c] = fmax(e[c], magnitude * s->step[(size_t)(first + i) * dim + c]);
         }
       }
     }
@@ -193,6 +195,7 @@ static void check_accumulate(const ckv_kernels *k, const subject *s) {
         for (uint32_t c = 0; c < dim; c++) {
           double error = fabs((double)acc[j * stride + c] - sum[(size_t)j * dim + c]);
           double bound = (count + 8) * eps * size[(size_t)j * dim + c];
+          bound += count * 0x1.02p-16 * rounding[(size_t)j * dim + c];
           expect(error <= bound,
                  "%s accumulate kind %u type %u bits %u group %u dim %u m %u j %u c %u: %g, want %g, bound %g", k->name,
                   run->kind, run->dtype, run->bits, run->group, dim, m, j, c, (double)acc[j * stride + c],
@@ -205,10 +208,33 @@ static void check_accumulate(const ckv_kernels *k, const subject *s) {
     }
     free(sum);
     free(size);
+    free(rounding);
   }
   free(p);
   free(acc);
   free(again);
+}
+
+/* Rows of weight 0 contribute nothing, not even to the rounding of the others. */
+static void check_zero_weights(const ckv_kernels *k, subject *s) {
+  const ckv_run *run = &s->run;
+  uint32_t dim = run->dim, rows = run->rows, m = 5, groups = (dim + run->group - 1) / run->group;
+  rng r = {dim};
+  float *p = exact(m * rows * 4), *acc = exact(2 * m * dim * 4), *scratch = exact(ckv_scratch_floats(dim, m) * 4);
+  for (size_t i = 0; i < m * rows; i++) p[i] = i % rows % 3 == 1 ? 0 : rng_float(&r);
+  memset(acc, 0, 2 * m * dim * 4);
+  k->accumulate(run, 0, rows, p, m, rows, acc, dim, scratch);
+  for (uint32_t i = 1; i < rows; i += 3) {
+    memset((char *)s->data + (size_t)i * ckv_row_words(dim, run->bits) * 4, 0xa7, ckv_row_words(dim, run->bits) * 4);
+    for (uint32_t g = 0; g < groups; g++) ((uint16_t *)s->scale)[i * groups + g] = 0x7000; /* 8192 */
+  }
+  k->accumulate(run, 0, rows, p, m, rows, acc + m * dim, dim, scratch);
+  bool same = memcmp(acc, acc + m * dim, m * dim * 4) == 0;
+  expect(same, "%s accumulate: weights of 0 count, bits %u", k->name, run->bits);
+  free(p);
+  free(acc);
+  free(scratch);
+  release(s);
 }
 
 static void check_subject(const ckv_kernels *k, subject s) {
@@ -234,6 +260,12 @@ void check_attention(pair p) {
   check_subject(p.level, affine(CKV_AFFINE_ROW, 1000, 70, 3, 128, CKV_F16));
   check_subject(p.level, affine(CKV_AFFINE_ROW, 512, 70, 2, 32, CKV_F16));
   check_subject(p.level, dense(4095, 41, CKV_BF16));
+  for (size_t b = 0; b < 4; b++) {
+    subject s = affine(CKV_AFFINE_ROW, 96, 300, all_bits[b], 32, CKV_F16);
+    check_zero_weights(p.level, &s);
+    /* More rows than the sums of integers are taken over at a time. */
+    check_subject(p.level, affine(CKV_AFFINE_ROW, 128, 299, all_bits[b], 32, CKV_F16));
+  }
   uint32_t turn = 0;
   for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
     for (uint32_t type = 0; type < 3; type++) check_subject(p.level, dense(dims[d], 75, type));
