@@ -67,13 +67,16 @@ public struct PolicyRegistry: Sendable {
       }
     }
     let chosen = selection ?? .everything
-    guard stores.count <= chosen.router.tierCount else {
+    if stores.isEmpty { stores = chosen.stores.isEmpty ? [.dense(.f16)] : chosen.stores }
+    guard stores.count == chosen.router.tierCount else {
+      let advice =
+        stores.count > chosen.router.tierCount ? "a modifier that routes to more tiers is missing" : "name them all"
       throw KVError(
         .invalidOption,
-        "the rows go to \(chosen.router.tierCount) of the \(stores.count) stores; a modifier that routes to more tiers is missing",
+        "the rows go to \(chosen.router.tierCount) stores, \(stores.count) are named; \(advice)",
         offset: spec.stages.last?.offset)
     }
-    return Policy(chosen, tiers: stores.isEmpty ? [.dense(.f16)] : stores)
+    return Policy(chosen, tiers: stores)
   }
 
   private func part(for stage: StageSpec) throws(KVError) -> MethodDescription.Part {

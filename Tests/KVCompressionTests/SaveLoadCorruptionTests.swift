@@ -76,7 +76,7 @@ import Testing
 
   @Test(
     arguments: [
-      ("CACH", 0, [2], "format"), ("LAYR", 0, [2], "settled tokens"), ("LAYR", 0, [4], "tokens seen"),
+      ("CACH", 0, [3], "format"), ("LAYR", 0, [2], "settled tokens"), ("LAYR", 0, [4], "tokens seen"),
       ("LAYR", 16, [4], "observed queries"), ("LAYR", 24, [4], "settled"), ("LAYR", 38, [2], "since a compression"),
       ("LAYR", 40, [4], "cut off"), ("LAYR", 48, [4], "before the prompt"), ("LAYR", 56, [2], "phase"),
       ("LAYR", 57, [6], "outcome"), ("LAYR", 58, [1], "expected a window"), ("SHAP", 9, [2], "cached"),

@@ -135,7 +135,10 @@ extension KVCache {
     } else {
       for state in chosen { plans += try plan([state], room: room, keepingViews: chosen.count == 1) }
     }
-    for plan in plans { try apply(plan) }
+    for plan in plans {
+      try apply(plan)
+      plan.state.chosenTokens = plan.state.seen
+    }
   }
 
   /// What is to become of the rows of one layer.
@@ -183,6 +186,7 @@ extension KVCache {
           throw error.at(layer: state.layer)
         }
         try request.scores.checkOrdered(layer: state.layer)
+        if backend.operations is DryRunBackend, policy.tiers.count > 1 { request.scores.scatterTies() }
       }
       views.append(view)
       requests.append(request)
@@ -243,10 +247,9 @@ extension KVCache {
   }
 
   /// Rows a head may keep. Fractions count tokens seen, not rows left: a budget does not eat itself step by step. Bytes
-  /// become as many rows as their store can hold in them.
+  /// become as many rows as their stores can hold in them.
   private func resolve(_ budget: Budget, _ state: LayerState, head: Int, tokens: Int) -> Int {
     let cached = layers.filter(\.shape.cached).count
-    let factory = policy.tiers[0].factory
     if let share = budget.byteShare(
       layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads)
     {
@@ -258,7 +261,11 @@ extension KVCache {
       var high = max(1, min(tokens, Int(Int32.max)))
       while low < high {
         let middle = (low + high + 1) / 2
-        let bytes = factory.bytes(rows: middle, layer: state.shape, scored: policy.inputs.attentionWeights)
+        let rows = policy.router.tierRows(kept: middle, of: tokens, layer: state.layer, head: head)
+        var bytes = 0
+        for (tier, count) in zip(policy.tiers, rows) {
+          bytes += tier.factory.bytes(rows: count, layer: state.shape, scored: policy.inputs.attentionWeights)
+        }
         if bytes + captured <= share { low = middle } else { high = middle - 1 }
       }
       return low

@@ -64,6 +64,7 @@ extension KVCache {
       }
       state.settledTokens = min(state.settledTokens, tokens)
       state.promptStart = min(state.promptStart, tokens)
+      state.chosenTokens = min(state.chosenTokens, tokens)
       state.observedTokens = min(state.observedTokens, tokens)
       state.observedQueries = min(state.observedQueries, tokens)
       debugCheck(state)

@@ -85,6 +85,7 @@ public final class KVCache {
         .invalidOption,
         "\(policy.spec) sends rows to \(policy.router.tierCount) tiers; it has \(policy.tiers.count) stores")
     }
+    try policy.router.validate(kvHeads: shape.layers.map(\.kvHeads))
     if let interval = policy.schedule.decodeInterval, interval < 1 {
       throw KVError(.invalidOption, "a policy chooses after every 1 or more decoded tokens, or nil; got \(interval)")
     }

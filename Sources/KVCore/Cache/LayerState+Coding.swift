@@ -20,6 +20,7 @@ extension LayerState {
         writer.count(allocation.budget[head])
       }
     }
+    writer.count(chosenTokens)
   }
 
   /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
@@ -58,6 +59,7 @@ extension LayerState {
       }
       allocation = EarlierAllocation(kept: kept, budget: budget, tokensSeen: tokens)
     }
+    chosenTokens = try reader.count("the tokens of the last choice", in: 0...seen)
     try reader.finish()
 
     for (tier, store) in policy.tiers.enumerated() {

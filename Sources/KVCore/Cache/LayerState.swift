@@ -14,6 +14,8 @@ package final class LayerState {
   /// Tokens up to which the policy's maintenance has run.
   var settledTokens = 0
   var decodedSinceCompression = 0
+  /// Tokens that the policy's last choice saw.
+  var chosenTokens = 0
   /// Tokens whose queries and weights nobody kept: those before this turn's prompt, when nothing is chosen while decoding.
   var promptStart = 0
   /// Positions below this can no longer be cut off: something was dropped, or the statistics know later tokens.
@@ -43,6 +45,7 @@ package final class LayerState {
     observedQueries = other.observedQueries
     settledTokens = other.settledTokens
     decodedSinceCompression = other.decodedSinceCompression
+    chosenTokens = other.chosenTokens
     promptStart = other.promptStart
     frozenBelow = other.frozenBelow
     outcome = other.outcome

@@ -4,7 +4,7 @@
 /// count     u64                         text      UTF-8 bytes behind their number (varuint)
 /// flag      u8, 0 or 1                  maybe x   flag, and x behind it when the flag is 1
 ///
-/// CACH 0                  format u32 = 1 · policy text · tokens seen (the most of any layer) count · tiers count
+/// CACH 0                  format u32 = 2 · policy text · tokens seen (the most of any layer) count · tiers count
 ///                         attention: maybe scale f32 · maybe softcap f32 · causal flag · commits flag
 ///                         engine inputs u32
 /// SHAP 0                  layers count · maybe rotary embedding (drawn at its coding) · per layer:
@@ -17,6 +17,7 @@
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first
 ///                         router's memory: count, f32 x count
 ///                         maybe allocation: tokens seen · per KV head rows kept, budget: counts
+///                         tokens of the last choice count
 /// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
 /// SEGM layer * 64 + tier  what the tier's representation writes. Row segments: heads count · per head:
 ///   head                  slots count · dead slots count
@@ -42,7 +43,7 @@
 /// Elements and codes are those of a little endian machine. The rotary embedding is kept as its parameters:
 /// frequencies come from the mathematical library of the machine that loads.
 package enum SavedCache {
-  package static let format: UInt32 = 1
+  package static let format: UInt32 = 2
   package static let header = Container.Tag("CACH")
   package static let shape = Container.Tag("SHAP")
   package static let layer = Container.Tag("LAYR")

@@ -60,6 +60,8 @@ public struct Selection: Sendable {
   public var router: any Router
   public var schedule: Schedule
   public var positions: PositionPolicy
+  /// What a policy text that names no store gets: none for dense f16.
+  public var stores: [Store] = []
 
   public init(
     spec: StageSpec?, scorer: (any Scorer)?, budget: Budget, allocator: any Allocator = UniformAllocator(),

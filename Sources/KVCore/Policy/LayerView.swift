@@ -6,6 +6,8 @@ public final class LayerView {
   public let shape: LayerShape
   /// Tokens the layer has ever seen; at least the rows it holds.
   public let tokensSeen: Int
+  /// Tokens that the policy's last choice saw; those that came since are at this position and later.
+  public let tokensChosen: Int
   /// Tokens of the prompt whose queries can have been kept.
   private let observableTokens: Int
   package let segments: [any Segment]
@@ -46,6 +48,7 @@ public final class LayerView {
     layer = state.layer
     shape = state.shape
     tokensSeen = state.seen
+    tokensChosen = state.chosenTokens
     observableTokens = state.seen - state.promptStart
     segments = state.segments
     routerMemory = state.routerMemory

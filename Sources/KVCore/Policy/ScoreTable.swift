@@ -35,6 +35,18 @@ public struct ScoreTable: Sendable {
     return starts[head] + row
   }
 
+  /// A dry run knows no scores. Equal ones would leave whole runs of rows in each tier, whose positions cost nothing; in
+  /// numbers without an order rows lie as they do in a cache that is used.
+  package mutating func scatterTies() {
+    for head in 0..<headCount {
+      let range = range(head: head)
+      guard let first = values[range].first, values[range].allSatisfy({ $0 == first }) else { continue }
+      for (row, index) in range.enumerated() {
+        values[index] = Float((UInt32(truncatingIfNeeded: row &+ 1) &* 0x9E37_79B1) >> 8)
+      }
+    }
+  }
+
   /// A NaN score would sort anywhere: refuse it, with its place.
   package func checkOrdered(layer: Int) throws(KVError) {
     // A sum is NaN when a term is; infinities of both signs make one too, and are then looked at one by one.

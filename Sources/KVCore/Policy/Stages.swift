@@ -102,6 +102,10 @@ public protocol Router: Sendable {
   var routesAlways: Bool { get }
   /// Whether it sends rows into other rows: the stores must be able to hold the result.
   var merges: Bool { get }
+  /// About how many rows of a head each tier will hold when `kept` of `tokens` are kept: what a budget in bytes buys.
+  func tierRows(kept: Int, of tokens: Int, layer: Int, head: Int) -> [Int]
+  /// Refuses what does not fit a model of these KV heads, layer by layer; 0 where a layer keeps none.
+  func validate(kvHeads: [Int]) throws(KVError)
   /// Sends every row of `layer` to a tier or drops it; `kept[h]` rows of head h survive, fewer where rows merge by
   /// likeness. Nothing has changed yet when it throws.
   func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) throws(KVError)
@@ -112,6 +116,8 @@ extension Router {
   public var inputs: RequiredInputs { .none }
   public var routesAlways: Bool { false }
   public var merges: Bool { false }
+  public func tierRows(kept: Int, of tokens: Int, layer: Int, head: Int) -> [Int] { [kept] }
+  public func validate(kvHeads: [Int]) throws(KVError) {}
 }
 
 /// Rows that no score can remove.

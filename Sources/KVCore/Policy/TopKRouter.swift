@@ -19,6 +19,13 @@ public struct TopKRouter: Router {
 
   public var tierCount: Int { others == .dropped ? 1 : Int(others.rawValue) + 1 }
 
+  public func tierRows(kept: Int, of tokens: Int, layer: Int, head: Int) -> [Int] {
+    var rows = [Int](repeating: 0, count: tierCount)
+    rows[0] = kept
+    if tierCount > 1 { rows[tierCount - 1] += max(0, tokens - kept) }
+    return rows
+  }
+
   public func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) {
     var splits: [BudgetSplit] = []
     for head in 0..<scores.headCount {
@@ -72,7 +79,7 @@ extension Selection {
 }
 
 /// Offset of the smallest value, the last of equal ones.
-private func lastOfSmallest(_ values: ArraySlice<Float>) -> Int? {
+func lastOfSmallest(_ values: ArraySlice<Float>) -> Int? {
   values.withUnsafeBufferPointer { buffer in
     guard var smallest = buffer.first else { return nil }
     // Two passes: the minimum alone is a vector loop.

@@ -107,7 +107,7 @@ extension SpecValue {
     case .number(let value): self = .decimal(value)
     case .string(let value): self = .text(value)
     case .array(let items):
-      if depth == 2 { throw KVError(.syntax, "\(place): lists nest once, as in [[1,2],[3]]; this one is deeper") }
+      if depth == 3 { throw KVError(.syntax, "\(place): lists nest twice, as in [[[1,2],[3]]]; this one is deeper") }
       var values: [SpecValue] = []
       for item in items { values.append(try SpecValue(item, depth: depth + 1, place: place)) }
       self = .list(values)

@@ -11,7 +11,7 @@
 /// stage    = name ["(" [option *("," option)] ")"]
 /// option   = name "=" value
 /// value    = number | percent | size | "true" | "false" | name | string | list
-/// list     = "[" [value *("," value)] "]"                lists nest once: [[1,2],[3]]
+/// list     = "[" [value *("," value)] "]"                lists nest twice: [[[1,2],[3]]]
 /// name     = letter *(letter | digit | "_" | "-")        any case; kept in lower case
 /// number   = ["-"] ("0" | nonzero *digit) ["." 1*digit] [("e" | "E") ["+" | "-"] 1*digit]
 /// percent  = number "%"                                  25% is 0.25

@@ -87,8 +87,8 @@ struct SpecParser {
   }
 
   private mutating func list(depth: Int) throws(KVError) -> SpecValue {
-    if depth == 2 {
-      throw KVError(.syntax, "lists nest once, as in [[1,2],[3]]; this one is deeper", offset: scanner.at)
+    if depth == 3 {
+      throw KVError(.syntax, "lists nest twice, as in [[[1,2],[3]]]; this one is deeper", offset: scanner.at)
     }
     scanner.at += 1
     scanner.skipSpace()

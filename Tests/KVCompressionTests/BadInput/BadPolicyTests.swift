@@ -20,7 +20,7 @@ import Testing
     ("f16(type=f32)", .unknownName, ["f16"]),
     ("h2o+snapkv", .invalidOption, ["snapkv", "second"]),
     ("kivi+h2o", .invalidOption, ["h2o", "left"]),
-    ("kivi+f16", .invalidOption, ["1 of the 2 stores"]),
+    ("kivi+f16", .invalidOption, ["1 stores, 2 are named"]),
     ("kivi(bits=5)", .invalidOption, ["2, 3, 4 or 8", "5"]),
     ("kivi(bits=1)", .invalidOption, ["2...8", "1"]),
     ("kivi(bits=\"4\")", .invalidOption, ["bits", "integer"]),

@@ -148,8 +148,11 @@ struct AdaptiveHeads: Allocator {
     let kivi = Policy(store: try .kivi(keyBits: 4, valueBits: 2))
     let rotated = Policy(store: try .kivi().rotated(keys: nil, values: .signs(seed: 7)))
     let both = Policy(try .snapKV(budget: .fraction(0.25)), store: try .kivi(keyBits: 2))
+    let mixed = Policy(
+      try .h2o(budget: .fraction(1)).tiers(shares: TierShares([0.1, 0.3, 0.6])),
+      tiers: [.dense(.f16), try .kivi(keyBits: 4), try .kivi(keyBits: 2)])
 
-    for policy in [dense, streaming, h2o, snapKV, kivi, rotated, both] {
+    for policy in [dense, streaming, h2o, snapKV, kivi, rotated, both, mixed] {
       #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
     }
   }
