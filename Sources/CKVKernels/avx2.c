@@ -15,6 +15,10 @@
 
 #include "rows_compare.h"
 
+#include "avx2_codes.h"
+#define V_AFFINE_LOGITS v_logits_codes
+#define V_AFFINE_ACCUMULATE v_accumulate_codes
+
 #include "lanes_attend.h"
 #include "lanes_table.h"
 

@@ -91,7 +91,8 @@ static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * s
 
 /* Enough for the hungriest user of every level:
  *   rows as f32: a tile and its transpose;
- *   avx512 keys with VNNI: two bytes a channel of four query rows; values with VNNI: ckv_sums_scratch_floats;
+ *   avx512 keys with VNNI: two bytes a channel of four query rows; values with VNNI, and what
+ *     avx2 does with codes: see there;
  *   avx512 values: for every query row a sum for every code position of whole vectors of words, and 16 of the mins;
  *     the weights of 64 rows for four query rows, a lane for every word (8 bits have most), and where they come from.
  * Kernels take many query rows in blocks or by tiles, so m matters only up to CKV_MANY_QUERIES. */
@@ -101,7 +102,7 @@ size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
   size_t rows = 2 * CKV_TILE_ROWS * padded, keys = 2 * padded;
   size_t values = few * (round_up(dim, 256) + 16) + at_least(64 * 4 * lanes, 4 * (64 * 16 + 16)) + 16 * lanes;
 #if defined(__x86_64__)
-  values = at_least(values, ckv_sums_scratch_floats(dim));
+  values = at_least(values, at_least(ckv_sums_scratch_floats(dim), ckv_avx2_scratch_floats(dim)));
 #endif
   return at_least(at_least(rows, keys), values);
 }

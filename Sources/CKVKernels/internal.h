@@ -193,6 +193,7 @@ void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const f
 void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                          float *acc, size_t acc_stride, float *scratch);
 size_t ckv_sums_scratch_floats(uint32_t dim);
+size_t ckv_avx2_scratch_floats(uint32_t dim);
 #elif defined(__aarch64__)
 extern const ckv_kernels ckv_neon;
 #endif

@@ -242,6 +242,9 @@ static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, cons
 static void logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                    float scale, float *out, size_t ld, float *scratch) {
   if (count == 0 || m == 0) return;
+#ifdef V_AFFINE_LOGITS
+  if (V_AFFINE_LOGITS(run, first, count, q, m, q_stride, scale, out, ld, scratch)) return;
+#endif
   if (m >= CKV_MANY_QUERIES) {
     logits_many(run, first, count, q, m, q_stride, scale, out, ld, scratch);
     return;
@@ -255,9 +258,6 @@ static void logits(const ckv_run *run, uint32_t first, uint32_t count, const flo
     else v_logits_dense(base, row_bytes, CKV_BF16, dim, count, q, m, q_stride, scale, out, ld);
     return;
   }
-#ifdef V_AFFINE_LOGITS
-  if (V_AFFINE_LOGITS(run, first, count, q, m, q_stride, scale, out, ld, scratch)) return;
-#endif
   for (uint32_t i = 0; i < count; i += CKV_TILE_ROWS) {
     uint32_t n = ckv_min_u32(CKV_TILE_ROWS, count - i);
     decode(run, first + i, n, scratch, dim);
