@@ -14,6 +14,7 @@
 #include "lanes_vector.h"
 
 #include "rows_compare.h"
+#include "lanes_statistics.h"
 
 #include "avx2_codes.h"
 #define V_AFFINE_LOGITS v_logits_codes

@@ -15,6 +15,7 @@
 #include "lanes_vector.h"
 
 #include "rows_compare.h"
+#include "lanes_statistics.h"
 
 #include "avx512_values.h"
 #define V_AFFINE_ACCUMULATE v_accumulate_affine

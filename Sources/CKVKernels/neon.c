@@ -12,6 +12,7 @@
 #include "lanes_vector.h"
 
 #include "rows_compare.h"
+#include "lanes_statistics.h"
 
 #include "lanes_attend.h"
 #include "lanes_table.h"

@@ -1,6 +1,8 @@
 /* The definition of every operation, in plain C. The other levels are checked against this file. */
 #include "internal.h"
 
+#include "lanes_statistics.h"
+
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
 
 static uint32_t code_at(const uint32_t *words, uint32_t index, uint32_t bits, size_t word_stride) {
@@ -238,4 +240,5 @@ const ckv_kernels ckv_portable = {
     .decode = decode,
     .hadamard = hadamard,
     .read_memory = read_memory,
+    CKV_STATISTICS,
 };

@@ -192,7 +192,8 @@ extension CPUBackend {
       guard let score = work.score else { continue }
       addScores(
         KeptWeights(base: memory + piece.kept, stride: piece.keptStride, maxima: memory + piece.keptMaxima),
-        offset: piece.keptOffset, count: work.count, total, rows: m, to: score)
+        offset: piece.keptOffset, count: work.count, total, rows: m, from: sequence.observedFrom * sequence.group,
+        sequence.reduction, to: score)
     }
   }
 
@@ -216,17 +217,19 @@ extension CPUBackend {
     }
   }
 
-  /// Adds to each row the probability it received, summed over the query rows of the block.
+  /// Adds to each row the probability it received from the query rows of the block from `firstRow` on, or keeps the
+  /// largest.
   func addScores(
-    _ kept: KeptWeights, offset: Int, count: Int, _ total: PartialBlock, rows: Int,
-    to score: UnsafeMutablePointer<Float>
+    _ kept: KeptWeights, offset: Int, count: Int, _ total: PartialBlock, rows: Int, from firstRow: Int,
+    _ reduction: AttentionReduction, to score: UnsafeMutablePointer<Float>
   ) {
+    let add = reduction == .sum ? kernels.pointee.axpy! : kernels.pointee.max_scaled!
     for first in stride(from: 0, to: count, by: blockRows) {
       let length = min(blockRows, count - first)
       let maxima = kept.maxima + (offset + first) / blockRows * rows
-      for row in 0..<rows where total.sums[row] > 0 && maxima[row] > -.infinity {
+      for row in firstRow..<rows where total.sums[row] > 0 && maxima[row] > -.infinity {
         let factor = expf(maxima[row] - total.maxima[row]) / total.sums[row]
-        kernels.pointee.axpy!(score + first, kept.base + row * kept.stride + offset + first, factor, length)
+        add(score + first, kept.base + row * kept.stride + offset + first, factor, length)
       }
     }
   }

@@ -43,14 +43,16 @@ extension CPUBackend {
           let item = first + local
           let block = item % blocks
           let range = block * tokens..<min((block + 1) * tokens, sequence.tokens)
+          let observed = scored && range.upperBound > sequence.observedFrom
           attendBlock(
             plan, view, sequence, head: item / blocks, work: heads[item / blocks], tokens: range,
             memory: memory + scratch + worker * stride,
-            columns: scored ? memory + columns + local * longest : nil, longest: longest)
+            columns: observed ? memory + columns + local * longest : nil, longest: longest)
         }
         if scored {
-          for local in 0..<count {
-            addColumns(memory + columns + local * longest, to: heads[(first + local) / blocks], plan)
+          for local in 0..<count where ((first + local) % blocks + 1) * tokens > sequence.observedFrom {
+            addColumns(
+              memory + columns + local * longest, to: heads[(first + local) / blocks], plan, sequence.reduction)
           }
         }
       }
@@ -104,14 +106,19 @@ extension CPUBackend {
     writeOutput(partial, sequence, kvHead: head, tokens: tokens)
     guard let columns, let kept else { return }
     columns.update(repeating: 0, count: longest)
-    addScores(kept, offset: 0, count: offset, partial, rows: m, to: columns)
+    addScores(
+      kept, offset: 0, count: offset, partial, rows: m,
+      from: max(0, sequence.observedFrom - tokens.lowerBound) * sequence.group, sequence.reduction, to: columns)
   }
 
-  private func addColumns(_ columns: UnsafePointer<Float>, to work: Range<Int>, _ plan: AttentionPlan) {
+  private func addColumns(
+    _ columns: UnsafePointer<Float>, to work: Range<Int>, _ plan: AttentionPlan, _ reduction: AttentionReduction
+  ) {
+    let add = reduction == .sum ? kernels.pointee.axpy! : kernels.pointee.max_scaled!
     var offset = 0
     for index in work {
       let rows = plan.rows[index]
-      if let score = rows.score { kernels.pointee.axpy!(score, columns + offset, 1, rows.count) }
+      if let score = rows.score { add(score, columns + offset, 1, rows.count) }
       offset += CPUBackend.padded(rows.count)
     }
   }

@@ -1,6 +1,14 @@
 internal import CKVKernels
 package import KVCore
 
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
+
 /// Moving rows: in from an engine's tensors, between encodings, out to f32.
 extension CPUBackend {
   package func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace? {
@@ -155,6 +163,15 @@ extension CPUBackend {
         }
       }
     }
+  }
+
+  package func moveRows(_ source: RunSlice, to target: RowRun, row: Int) {
+    let bytes = source.run.dim * source.run.encoding.type.byteCount
+    memmove(target.base + row * bytes, source.run.base + source.first * bytes, source.count * bytes)
+  }
+
+  package func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int {
+    Int(kernels.pointee.lowest!(values, bias, count))
   }
 
   package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {

@@ -92,6 +92,24 @@ package final class CUDABackend: ComputeBackend {
     }
   }
 
+  package func require(_ observer: any AttentionObserver) throws(KVError) {
+    guard observer is AttentionSum else {
+      throw KVError(
+        .unsupported, "the CUDA backend adds attention up and has no other statistics; \(observer) needs the CPU backend")
+    }
+  }
+
+  /// Copies on the card may not overlap.
+  package var movesOverlappingRows: Bool { false }
+  package func moveRows(_ source: RunSlice, to target: RowRun, row: Int) {
+    preconditionFailure("rows on the card are copied to new memory")
+  }
+
+  /// Columns are in pinned memory, which the processor reads as its own.
+  package func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int {
+    host.lowest(values, bias: bias, count: count)
+  }
+
   package func allocate(byteCount: Int, hostVisible: Bool) throws(KVError) -> Buffer {
     let session = session
     if hostVisible {

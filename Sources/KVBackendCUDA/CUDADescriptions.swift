@@ -114,10 +114,17 @@ struct CUDADescriptions {
         let rows = plan.rows[work]
         var kept: Int?
         if rows.score != nil, rows.count > 0 {
-          kept = take(m * rows.count)
-          statistics.append(
-            kv_statistic(work: UInt32(work), rows: UInt32(m), kept: UInt64(kept ?? 0), totals: UInt64(totals)))
-          longest = max(longest, rows.count)
+          // Query rows before the observed ones leave nothing.
+          let first = max(0, sequence.observedFrom - tokens.lowerBound) * sequence.group
+          if first < m {
+            let offset = take(m * rows.count)
+            kept = offset
+            statistics.append(
+              kv_statistic(
+                work: UInt32(work), rows: UInt32(m - first), kept: UInt64(offset + first * rows.count),
+                totals: UInt64(totals + 2 * first)))
+            longest = max(longest, rows.count)
+          }
         }
         addPieces(
           of: work, turn: number, sequence, rows: rows.count, m: m,

@@ -6,5 +6,7 @@ public enum EvictionMethods {
     Selection.streamingLLMMethod, Selection.h2oMethod, Selection.snapKVMethod,
     Selection.pyramidKVMethod, Selection.adaSnapKVMethod, Selection.adaPyramidKVMethod,
     Selection.pyramidMethod, Selection.adaKVMethod,
+    Selection.tovaMethod, Selection.lazyEvictionMethod,
+    Selection.scheduleMethod,
   ]
 }

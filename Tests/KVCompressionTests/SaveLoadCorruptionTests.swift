@@ -57,7 +57,7 @@ import Testing
     arguments: [
       (0, [2], "all 1 KV heads"), (8, [4], "slots"), (16, [1], "dead slots"), (24, [1], "room for"),
       (24, [2], "room for"), (24, [3], "consecutive"),
-      (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "room for attention sums"),
+      (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "observed columns"),
       (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
       (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),
       (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
@@ -78,8 +78,9 @@ import Testing
     arguments: [
       ("CACH", 0, [3], "format"), ("LAYR", 0, [2], "settled tokens"), ("LAYR", 0, [4], "tokens seen"),
       ("LAYR", 16, [4], "observed queries"), ("LAYR", 24, [4], "settled"), ("LAYR", 38, [2], "since a compression"),
-      ("LAYR", 40, [4], "cut off"), ("LAYR", 48, [4], "before the prompt"), ("LAYR", 56, [2], "phase"),
-      ("LAYR", 57, [6], "outcome"), ("LAYR", 58, [1], "expected a window"), ("SHAP", 9, [2], "cached"),
+      ("LAYR", 40, [4], "cut off"), ("LAYR", 48, [4], "before the prompt"),
+      ("LAYR", 56, [4], "decoded tokens"), ("LAYR", 64, [2], "phase"),
+      ("LAYR", 65, [6], "outcome"), ("LAYR", 66, [1], "expected a window"), ("SHAP", 9, [2], "cached"),
     ] as [(String, Int, [UInt8], String)])
   func everyFieldOfALayerIsChecked(tag: String, offset: Int, bytes: [UInt8], message: String) throws {
     let (cache, saved) = try tiny()

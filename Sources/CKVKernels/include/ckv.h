@@ -175,6 +175,20 @@ typedef struct {
      * `block` is a power of two that divides dim. */
     void (*hadamard)(float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t block);
 
+    /* ---- statistics of attention rows ---------------------------------------------------------------------- */
+
+    /* y[i] = max(y[i], a * x[i]) */
+    void (*max_scaled)(float *y, const float *x, float a, size_t n);
+    /* p = a * x[i]: sum[i] += p; spread[i] += (p - origin[i])^2 */
+    void (*moments)(float *sum, float *spread, const float *origin, const float *x, float a, size_t n);
+    /* y[i] += a * x[i] < pivot ? 1 : 0 */
+    void (*count_below)(float *y, const float *x, float a, float pivot, size_t n);
+    /* The sum of -p ln(p + 1e-10), p = a * x[i] >= 0. Relative error below 1e-5. */
+    double (*entropy)(const float *x, float a, size_t n);
+    /* Index of the smallest x[i] whose bias (if any) is not minus infinity, of equal ones the last; both zeros are
+     * equal. -1: there is none. -2: one of them is NaN. */
+    int64_t (*lowest)(const float *x, const float *bias, size_t n);
+
     /* ---- memory bandwidth, for benchmarks ------------------------------------------------------------------ */
 
     /* Reads n bytes (multiple of 256, 64-byte aligned) as fast as the level can, returns a checksum. */

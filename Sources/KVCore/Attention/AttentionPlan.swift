@@ -70,13 +70,17 @@ package struct SequenceWork {
   package var rotary: RotaryEmbedding?
   /// Items of `plan.rows` that belong to this sequence, in KV head order.
   package var work: Range<Int>
+  /// Tokens before this one leave no weights in `RowsWork.score`.
+  package var observedFrom = 0
+  /// How the weights of several query rows become one.
+  package var reduction = AttentionReduction.sum
 
   package init(
     queries: UnsafeRawPointer, queryType: ElementType, queryHeadStride: Int, queryTokenStride: Int,
     output: UnsafeMutablePointer<Float>, outputHeadStride: Int, outputTokenStride: Int,
     logSumExp: UnsafeMutablePointer<Float>?, tokens: Int, kvHeads: Int, group: Int, keyDim: Int, valueDim: Int,
     scale: Float, softcap: Float, firstPosition: Int, slidingWindow: Int, rotary: RotaryEmbedding?,
-    work: Range<Int>
+    work: Range<Int>, observedFrom: Int = 0, reduction: AttentionReduction = .sum
   ) {
     self.queries = queries
     self.queryType = queryType
@@ -97,6 +101,8 @@ package struct SequenceWork {
     self.slidingWindow = slidingWindow
     self.rotary = rotary
     self.work = work
+    self.observedFrom = observedFrom
+    self.reduction = reduction
   }
 }
 
@@ -112,7 +118,7 @@ package struct RowsWork {
   package var firstPosition: Int
   /// Log bias per row; minus infinity hides a row.
   package var bias: UnsafePointer<Float>?
-  /// Where the attention each row receives is added, summed over the query heads of the group.
+  /// Where the attention each row receives is added (or its maximum kept), over the observed query rows.
   package var score: UnsafeMutablePointer<Float>?
   /// Positions by which these rows count as later than they are stored. The backend turns the query back by as much.
   package var shift: Int

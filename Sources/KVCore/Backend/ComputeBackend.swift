@@ -46,6 +46,18 @@ package protocol ComputeBackend: AnyObject, Sendable {
     _ sources: UnsafeBufferPointer<RunSlice>, map: UnsafePointer<MapDescriptor>?, low: UnsafeMutablePointer<Float>,
     high: UnsafeMutablePointer<Float>)
 
+  /// Refuses observers whose weights this backend cannot give.
+  func require(_ observer: any AttentionObserver) throws(KVError)
+
+  /// Whether there is `moveRows`.
+  var movesOverlappingRows: Bool { get }
+  /// Copies rows within memory of one dense encoding, down to `row` of `target`; source and target may overlap.
+  func moveRows(_ source: RunSlice, to target: RowRun, row: Int)
+
+  /// Index of the smallest number whose bias (if any) is not minus infinity, of equal ones the last; -1 when there is
+  /// none, -2 when one of them is NaN. Host memory.
+  func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int
+
   /// Rows as f32, `stride` floats apart, in host memory.
   func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int)
 
@@ -74,6 +86,9 @@ package protocol ComputeBackend: AnyObject, Sendable {
 }
 
 extension ComputeBackend {
+  package func require(_ observer: any AttentionObserver) throws(KVError) {}
+  package var movesOverlappingRows: Bool { true }
+
   package func require(_ format: SideFormat) throws(KVError) {}
 
   func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {

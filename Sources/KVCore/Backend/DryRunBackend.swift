@@ -21,6 +21,17 @@ package final class DryRunBackend: ComputeBackend {
     high: UnsafeMutablePointer<Float>
   ) {}
 
+  package func moveRows(_ source: RunSlice, to target: RowRun, row: Int) {}
+
+  package func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int {
+    var best = -1
+    for index in 0..<count where bias?[index] != -.infinity {
+      if values[index].isNaN { return -2 }
+      if best < 0 || values[index] <= values[best] { best = index }
+    }
+    return best
+  }
+
   /// Zeros: a scorer that looks at keys sees equal ones, never what happened to lie in memory.
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
     for row in 0..<slice.count { (destination + row * stride).update(repeating: 0, count: slice.run.dim) }

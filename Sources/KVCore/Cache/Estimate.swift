@@ -46,7 +46,7 @@ extension KVCache {
         unsafeBase: base, type: .f32, heads: shape.queryHeads, tokens: tokens, dim: shape.keyDim, headStride: 0,
         tokenStride: 0)
       try append(layer: state.layer, keys: keys, values: values)
-      if tracksScores(state) { state.observedTokens = state.seen }
+      if observesAttention(state) { state.observedTokens = state.seen }
       if capturesQueries(state) { try capture(queries, state) }
       try maintain(state)
     }

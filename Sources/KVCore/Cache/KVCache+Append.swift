@@ -38,13 +38,14 @@ extension KVCache {
     }
     try checkFinite(keys, name: "key", state)
     try checkFinite(values, name: "value", state)
+    fillSeed(state)
     do throws(KVError) {
-      try state.segments[0].append(
-        keys: keys, values: values, firstPosition: state.seen, tracksScores: tracksScores(state))
+      try state.segments[0].append(keys: keys, values: values, firstPosition: state.seen, observed: seed)
     } catch {
       throw error.at(layer: layer)
     }
     state.seen += keys.tokens
+    if state.phase == .decode { state.decodedTokens += keys.tokens }
     if state.phase == .prefill { state.outcome = .waiting }
     debugCheck(state)
   }
@@ -59,16 +60,29 @@ extension KVCache {
     }
   }
 
-  /// Whether rows carry accumulated attention: only while the policy will ask for it.
-  package func tracksScores(_ state: LayerState) -> Bool {
-    guard policy.inputs.attentionWeights, selects(state) else { return false }
+  /// What the columns of the next rows start with; empty when no attention is observed.
+  private func fillSeed(_ state: LayerState) {
+    let width = observedColumns(state)
+    if seed.count != width { seed = Array(repeating: 0, count: width) }
+    guard let observer else { return }
+    for column in 0..<width {
+      seed[column] = observer.initial(column: column, decodedTokens: state.decodedTokens)
+    }
+  }
+
+  /// Numbers every row of a layer carries.
+  package func observedColumns(_ state: LayerState) -> Int { observesAttention(state) ? observer?.columns ?? 0 : 0 }
+
+  /// Whether rows carry what was observed of their attention: only while the policy will ask for it.
+  package func observesAttention(_ state: LayerState) -> Bool {
+    guard observer != nil, selects(state) else { return false }
     return state.phase == .prefill || policy.schedule.decodeInterval != nil
   }
 
   /// Whether queries must be captured for a window scorer.
   package func capturesQueries(_ state: LayerState) -> Bool {
-    guard policy.inputs.windowQueries > 0, selects(state) else { return false }
-    return state.phase == .prefill || policy.schedule.decodeInterval != nil
+    guard windowQueries > 0, selects(state) else { return false }
+    return state.phase == .prefill || queriesWhileDecoding
   }
 
   /// Whether the policy chooses tokens in this layer. A sliding-window layer forgets by itself.

@@ -137,16 +137,16 @@ extension KVCache {
   private func prepare(layer: Int, options: AttentionOptions) throws(KVError) {
     let state = try state(layer)
     guard options.commits else { return }
-    guard options.causal || !(tracksScores(state) || capturesQueries(state)) else {
+    guard options.causal || !(observesAttention(state) || capturesQueries(state)) else {
       throw KVError(
         .unsupported,
         "queries that see every row have no position and cannot count for \(policy.spec): pass commits: false",
         layer: layer)
     }
-    if tracksScores(state) { for segment in state.segments { try segment.prepareScores() } }
+    if observesAttention(state) { for segment in state.segments { try segment.prepareObserved() } }
     if capturesQueries(state), state.queryWindow == nil {
       state.queryWindow = try QueryWindow(
-        capacity: policy.inputs.windowQueries, shape: state.shape, backend: backend.operations)
+        capacity: windowQueries, shape: state.shape, backend: backend.operations)
     }
   }
 
@@ -156,7 +156,8 @@ extension KVCache {
   ) throws(KVError) {
     if !options.commits { return }
     let state = layers[layer]
-    if tracksScores(state) {
+    if observesAttention(state) {
+      if !sumsInPlace { fold(state, queries: observedQueries(of: queries.tokens, state)) }
       // Tokens before these that nobody attended stay missing.
       if state.observedTokens >= state.seen - queries.tokens { state.observedTokens = state.seen }
       state.frozenBelow = state.seen
@@ -168,7 +169,7 @@ extension KVCache {
   package func capture(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {
     if state.queryWindow == nil {
       state.queryWindow = try QueryWindow(
-        capacity: policy.inputs.windowQueries, shape: state.shape, backend: backend.operations)
+        capacity: windowQueries, shape: state.shape, backend: backend.operations)
     }
     // Only neighbours make a window: after tokens whose queries nobody showed, it begins anew.
     if state.observedQueries != state.seen - queries.tokens { state.queryWindow!.clear() }
@@ -183,7 +184,8 @@ extension KVCache {
     let state = layers[layer]
     let shape = state.shape
     let start = plan.rows.count
-    let scored = options.commits && tracksScores(state)
+    let counted = options.commits && observesAttention(state) ? observedQueries(of: queries.tokens, state) : 0
+    var step = counted > 0 && !sumsInPlace ? clearedStepWeights(state) : nil
     // Which positions are missing behind a row is a matter of all tiers together.
     let missing = policy.positions == .slot && state.segments.count > 1 ? missingBehind(state) : nil
     for head in 0..<shape.kvHeads {
@@ -194,7 +196,14 @@ extension KVCache {
         } else {
           describe(segment, head: head, seen: state.seen, in: plan)
         }
-        if !scored { for index in first..<plan.rows.count { plan.rows[index].score = nil } }
+        for work in first..<plan.rows.count {
+          if counted == 0 {
+            plan.rows[work].score = nil
+          } else if let weights = step, let own = plan.rows[work].score, let base = segment.observed(head: head).base {
+            plan.rows[work].score = weights + (own - base)
+          }
+        }
+        step = step.map { $0 + KVCache.padded(segment.slotCount(head: head)) }
       }
     }
     plan.sequences.append(
@@ -205,7 +214,8 @@ extension KVCache {
         tokens: queries.tokens, kvHeads: shape.kvHeads, group: shape.group, keyDim: shape.keyDim,
         valueDim: shape.valueDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
         softcap: options.softcap ?? 0, firstPosition: options.causal ? state.seen - queries.tokens : Int.max,
-        slidingWindow: shape.slidingWindow ?? 0, rotary: self.shape.rotary, work: start..<plan.rows.count))
+        slidingWindow: shape.slidingWindow ?? 0, rotary: self.shape.rotary, work: start..<plan.rows.count,
+        observedFrom: queries.tokens - counted, reduction: observer?.reduction ?? .sum))
   }
 
   /// Positions that no tier holds behind each slot, [head][tier][slot]; -1 for dead slots.

@@ -31,34 +31,35 @@ extension KVCache {
   public func beginPrefill() {
     for state in layers where state.shape.cached && state.phase == .decode {
       state.phase = .prefill
-      guard policy.schedule.decodeInterval == nil else { continue }
-      // Nothing was recorded while decoding: what the policy sees begins with this prompt.
-      state.promptStart = state.seen
-      state.observedTokens = state.seen
-      state.observedQueries = state.seen
+      // What was not recorded while decoding begins with this prompt.
+      if !queriesWhileDecoding {
+        state.promptStart = state.seen
+        state.observedQueries = state.seen
+      }
+      if policy.schedule.decodeInterval == nil { state.observedTokens = state.seen }
     }
   }
 
   /// Lets the policy choose now, whatever its schedule says, down to its budget.
   public func compress() throws(KVError) {
-    try compress(layers.filter { $0.shape.cached }, when: true)
+    try compress(layers.filter { $0.shape.cached }, when: true, asked: true)
     for state in layers where state.shape.cached { try settle(state) }
   }
 
   /// Drops enough rows that `tokens` more fit the budget (StreamingLLM's room for a coming turn).
   public func makeRoom(for tokens: Int) throws(KVError) {
     guard tokens >= 0 else { throw KVError(.invalidOption, "room for \(tokens) tokens does not exist") }
-    try compress(layers.filter { $0.shape.cached }, when: true, room: tokens)
+    try compress(layers.filter { $0.shape.cached }, when: true, room: tokens, asked: true)
   }
 
   private func enterDecode(_ state: LayerState) throws(KVError) {
     try settle(state)
     state.phase = .decode
     state.decodedSinceCompression = 0
+    // What only the prompt needed is freed.
+    if !queriesWhileDecoding { state.queryWindow = nil }
     if policy.schedule.decodeInterval == nil {
-      // What only the prompt needed is freed.
-      state.queryWindow = nil
-      for segment in state.segments { segment.forgetScores() }
+      for segment in state.segments { segment.forgetObserved() }
     }
     if state.outcome == .waiting || state.outcome == .untouched {
       state.outcome = state.shape.slidingWindow.map { .slidingWindow($0) } ?? .storedOnly
@@ -81,7 +82,7 @@ extension KVCache {
       if let interval = policy.schedule.decodeInterval {
         state.decodedSinceCompression += fresh
         if state.decodedSinceCompression >= interval {
-          try compress([state], when: true)
+          if try !evictInPlace(state) { try compress([state], when: true) }
           state.decodedSinceCompression = 0
         }
       }
@@ -125,8 +126,8 @@ extension KVCache {
 
   // MARK: Score, allocate, route, apply
 
-  private func compress(_ states: [LayerState], when due: Bool, room: Int = 0) throws(KVError) {
-    let chosen = due ? states.filter { selects($0) } : []
+  private func compress(_ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false) throws(KVError) {
+    let chosen = due ? states.filter { selects($0) && (asked || isTriggered($0)) } : []
     if chosen.isEmpty { return }
     // Every layer is planned before the first byte of any changes.
     var plans: [LayerPlan] = []
@@ -220,6 +221,15 @@ extension KVCache {
     return plans
   }
 
+  /// Whether some head holds more rows than the schedule lets pass.
+  private func isTriggered(_ state: LayerState) -> Bool {
+    guard let trigger = policy.schedule.trigger else { return true }
+    for head in 0..<state.shape.kvHeads
+    where state.liveRows(head: head) > resolve(trigger, state, head: head, tokens: state.seen) { return true }
+    state.outcome = .withinBudget(rows: (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }.max() ?? 0)
+    return false
+  }
+
   /// An allocator of a user's own may return anything.
   private func check(_ kept: [[Int]], for requests: [AllocationRequest]) throws(KVError) {
     guard kept.count == requests.count else {
@@ -248,15 +258,15 @@ extension KVCache {
 
   /// Rows a head may keep. Fractions count tokens seen, not rows left: a budget does not eat itself step by step. Bytes
   /// become as many rows as their stores can hold in them.
-  private func resolve(_ budget: Budget, _ state: LayerState, head: Int, tokens: Int) -> Int {
-    let cached = layers.filter(\.shape.cached).count
+  func resolve(_ budget: Budget, _ state: LayerState, head: Int, tokens: Int) -> Int {
+    let cached = cachedLayers
     if let share = budget.byteShare(
       layer: state.layer, head: head, layers: cached, kvHeads: state.shape.kvHeads)
     {
       // Captured queries live on only where more choices follow.
       let captured =
-        policy.schedule.decodeInterval == nil
-        ? 0 : policy.inputs.windowQueries * state.shape.group * state.shape.keyDim * MemoryLayout<Float>.stride
+        !queriesWhileDecoding
+        ? 0 : windowQueries * state.shape.group * state.shape.keyDim * MemoryLayout<Float>.stride
       var low = 1
       var high = max(1, min(tokens, Int(Int32.max)))
       while low < high {
@@ -264,7 +274,7 @@ extension KVCache {
         let rows = policy.router.tierRows(kept: middle, of: tokens, layer: state.layer, head: head)
         var bytes = 0
         for (tier, count) in zip(policy.tiers, rows) {
-          bytes += tier.factory.bytes(rows: count, layer: state.shape, scored: policy.inputs.attentionWeights)
+          bytes += tier.factory.bytes(rows: count, layer: state.shape, observed: observer?.columns ?? 0)
         }
         if bytes + captured <= share { low = middle } else { high = middle - 1 }
       }
@@ -275,21 +285,21 @@ extension KVCache {
       bytesPerRow: 1)
   }
 
-  private func checkObserved(_ state: LayerState) throws(KVError) {
-    if policy.inputs.attentionWeights, !tracksScores(state) {
+  func checkObserved(_ state: LayerState) throws(KVError) {
+    if observer != nil, !observesAttention(state) {
       throw KVError(
         .missingInput,
-        "\(policy.spec) needs accumulated attention, which its schedule gave up when the prompt was finished; pass every",
+        "\(policy.spec) needs observed attention, which its schedule gave up when the prompt was finished; pass every",
         layer: state.layer)
     }
-    if policy.inputs.attentionWeights, state.observedTokens < state.seen {
+    if observer != nil, state.observedTokens < state.seen {
       throw KVError(
         .missingInput,
         "\(policy.spec) needs the attention weights of every token; those of \(state.seen - state.observedTokens) "
           + "tokens were not observed. Attend through the cache, or call observe(layer:attention:)",
         layer: state.layer)
     }
-    if policy.inputs.windowQueries > 0, state.observedQueries < state.seen {
+    if windowQueries > 0, state.observedQueries < state.seen {
       throw KVError(
         .missingInput,
         "\(policy.spec) needs the newest queries; those of the last \(state.seen - state.observedQueries) tokens were "
@@ -346,12 +356,12 @@ extension KVCache {
   private func move(
     _ moves: [[[[Int]]]], in state: LayerState, then: () throws(KVError) -> Void
   ) throws(KVError) {
-    let tracked = tracksScores(state)
+    let columns = observedColumns(state)
     var done: [(tier: Int, counts: [Int])] = []
     do throws(KVError) {
       for from in state.segments.indices {
         for to in state.segments.indices where moves[from][to].contains(where: { !$0.isEmpty }) {
-          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to], tracksScores: tracked)
+          try state.segments[to].absorb(from: state.segments[from], slots: moves[from][to], observed: columns)
           done.append((to, moves[from][to].map(\.count)))
         }
       }

@@ -56,17 +56,18 @@ extension KVCache {
     }
     for state in layers where state.shape.cached && tokens < state.seen {
       for segment in state.segments { try segment.truncate(to: tokens) }
-      state.seen = tokens
       // The schedule counts from the tokens that stay.
       if let interval = policy.schedule.decodeInterval, state.phase == .decode, state.settledTokens > tokens {
         let undone = (state.decodedSinceCompression - (state.settledTokens - tokens)) % interval
         state.decodedSinceCompression = undone < 0 ? undone + interval : undone
       }
+      if state.phase == .decode { state.decodedTokens = max(0, state.decodedTokens - (state.seen - tokens)) }
       state.settledTokens = min(state.settledTokens, tokens)
       state.promptStart = min(state.promptStart, tokens)
       state.chosenTokens = min(state.chosenTokens, tokens)
       state.observedTokens = min(state.observedTokens, tokens)
       state.observedQueries = min(state.observedQueries, tokens)
+      state.seen = tokens
       debugCheck(state)
     }
   }

@@ -32,16 +32,22 @@ extension KVCache {
       let place = slot(merge)
       let terms = routing.terms[merge.terms]
       var count = view.count(head: head, row: merge.target)
-      var score = segment.score(head: head, slot: place)
+      let columns = segment.observed(head: head)
+      var observed = (0..<columns.width).map { columns.value(column: $0, slot: place) }
       if merge.counts {
         for term in terms {
           count += view.count(head: head, row: term.row)
-          score += view.accumulatedAttention(head: head, row: term.row)
+          guard let observer else { continue }
+          for column in observed.indices {
+            observed[column] = observer.merged(
+              column: column, observed[column], view.observed(head: head, row: term.row, column: column))
+          }
         }
       }
       result.slots.append(
         HeadMerges.Slot(
-          slot: place, logBias: merge.logBias ?? segment.logBias(head: head, slot: place), count: count, score: score))
+          slot: place, logBias: merge.logBias ?? segment.logBias(head: head, slot: place), count: count,
+          observed: observed))
       if merge.key != .keep { result.keySlots.append(place) }
       result.valueSlots.append(place)
     }

@@ -30,6 +30,19 @@ public final class KVCache {
   /// Layers that a tier holds together.
   package let groups: [LayerGroup]
   package let plan = AttentionPlan()
+  /// What the policy needs, asked once.
+  package let observer: (any AttentionObserver)?
+  package let windowQueries: Int
+  package let queriesWhileDecoding: Bool
+  /// Whether the attention kernel adds straight into the observer's column.
+  package let sumsInPlace: Bool
+  package let cachedLayers: Int
+  /// How decoding evicts without a plan, where it can.
+  package let inPlace: InPlaceEviction?
+  /// What the columns of new rows start with; reused by every append.
+  package var seed: [Float] = []
+  /// The weights of the step in work, for observers that fold.
+  package let stepWeights = Workspace()
 
   /// An empty cache.
   ///
@@ -51,6 +64,13 @@ public final class KVCache {
     self.policy = policy
     self.backend = backend
     self.attention = attention
+    let needed = policy.inputs
+    observer = needed.observer
+    windowQueries = needed.windowQueries
+    queriesWhileDecoding = needed.queriesWhileDecoding && policy.schedule.decodeInterval != nil
+    sumsInPlace = needed.observer is AttentionSum
+    inPlace = InPlaceEviction(policy)
+    cachedLayers = shape.layers.count(where: \.cached)
     engineInputs = inputs
     layers = shape.layers.enumerated().map { index, layer in
       LayerState(
@@ -70,6 +90,13 @@ public final class KVCache {
     self.policy = policy
     self.backend = backend
     self.attention = attention
+    let needed = policy.inputs
+    observer = needed.observer
+    windowQueries = needed.windowQueries
+    queriesWhileDecoding = needed.queriesWhileDecoding && policy.schedule.decodeInterval != nil
+    sumsInPlace = needed.observer is AttentionSum
+    inPlace = InPlaceEviction(policy)
+    cachedLayers = shape.layers.count(where: \.cached)
     engineInputs = inputs
   }
 
@@ -91,6 +118,11 @@ public final class KVCache {
     }
     guard (0...65_536).contains(needed.windowQueries) else {
       throw KVError(.invalidOption, "a policy needs the queries of 0...65536 tokens; got \(needed.windowQueries)")
+    }
+    if let observer = needed.observer, !(1...AttentionLimits.columns).contains(observer.columns) {
+      throw KVError(
+        .invalidOption,
+        "an observer keeps 1...\(AttentionLimits.columns) numbers with a row; \(observer) keeps \(observer.columns)")
     }
     if needed.windowQueries > 0, !inputs.contains(.queries) {
       throw KVError(

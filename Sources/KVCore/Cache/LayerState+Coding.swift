@@ -3,6 +3,7 @@ extension LayerState {
   func encode(to writer: inout ByteWriter) {
     for counter in [
       seen, observedTokens, observedQueries, settledTokens, decodedSinceCompression, frozenBelow, promptStart,
+      decodedTokens,
     ] {
       writer.count(counter)
     }
@@ -37,6 +38,7 @@ extension LayerState {
       "the tokens since a compression", in: 0...SavedCache.maximumCounter)
     frozenBelow = try reader.count("the tokens that cannot be cut off", in: 0...seen)
     promptStart = try reader.count("the tokens before the prompt", in: 0...seen)
+    decodedTokens = try reader.count("the decoded tokens", in: 0...seen)
     let number = try reader.u8("the phase")
     guard let phase = Phase(rawValue: number) else {
       throw reader.corrupt("expected the phase 0 (prompt) or 1 (decoding); found \(number)")

@@ -16,6 +16,8 @@ package final class LayerState {
   var decodedSinceCompression = 0
   /// Tokens that the policy's last choice saw.
   var chosenTokens = 0
+  /// Tokens appended while decoding, in all turns: the clock of observers.
+  var decodedTokens = 0
   /// Tokens whose queries and weights nobody kept: those before this turn's prompt, when nothing is chosen while decoding.
   var promptStart = 0
   /// Positions below this can no longer be cut off: something was dropped, or the statistics know later tokens.
@@ -46,6 +48,7 @@ package final class LayerState {
     settledTokens = other.settledTokens
     decodedSinceCompression = other.decodedSinceCompression
     chosenTokens = other.chosenTokens
+    decodedTokens = other.decodedTokens
     promptStart = other.promptStart
     frozenBelow = other.frozenBelow
     outcome = other.outcome

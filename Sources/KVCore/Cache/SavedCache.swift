@@ -11,7 +11,7 @@
 ///                         cached flag · KV heads, query heads, key dim, value dim u32 · maybe sliding window count
 /// LAYR layer              cached layers only
 ///                         tokens seen · observed tokens · observed queries · settled tokens
-///                         · decoded since compression · frozen below · prompt start: counts
+///                         · decoded since compression · frozen below · prompt start · decoded tokens: counts
 ///                         phase u8 · outcome u8 and its numbers
 ///                         maybe query window: capacity count · captured count
 ///                         · f32 [query heads][min(captured, capacity)][key dim], oldest first
@@ -24,7 +24,7 @@
 ///                         positions: u8 · 0: first count · 1: capacity count, i32 x slots, ascending
 ///                         · 2: the same, in the order in which tiers sent the rows
 ///                         log biases: maybe capacity count, f32 x slots
-///                         accumulated attention: maybe capacity count, f32 x slots
+///                         observed attention: maybe columns count · capacity count, f32 x slots x columns
 ///                         keys · values
 ///                         tokens per slot: maybe capacity count, u32 x slots
 ///   keys, values          body extents count · extents count · per extent:

@@ -8,6 +8,8 @@ public final class LayerView {
   public let tokensSeen: Int
   /// Tokens that the policy's last choice saw; those that came since are at this position and later.
   public let tokensChosen: Int
+  /// Tokens decoded since the cache was made.
+  public let decodedTokens: Int
   /// Tokens of the prompt whose queries can have been kept.
   private let observableTokens: Int
   package let segments: [any Segment]
@@ -49,6 +51,7 @@ public final class LayerView {
     shape = state.shape
     tokensSeen = state.seen
     tokensChosen = state.chosenTokens
+    decodedTokens = state.decodedTokens
     observableTokens = state.seen - state.promptStart
     segments = state.segments
     routerMemory = state.routerMemory
@@ -108,32 +111,38 @@ public final class LayerView {
   /// The tier that holds a row. Tokens arrive in tier 0. O(1).
   public func tier(head: Int, row: Int) -> Int { Int(reference(head: head, row: row).segment) }
 
-  /// Attention the row has received so far, summed over the queries seen and the query heads of the group.
-  /// Needs ``RequiredInputs/attentionWeights``.
-  public func accumulatedAttention(head: Int, row: Int) -> Float {
+  /// A number that the policy's observer keeps with a row. 0 when it keeps none. O(1).
+  public func observed(head: Int, row: Int, column: Int = 0) -> Float {
     let place = reference(head: head, row: row)
-    return segments[Int(place.segment)].score(head: head, slot: Int(place.slot))
+    return segments[Int(place.segment)].observed(head: head).value(column: column, slot: Int(place.slot))
   }
 
-  /// The same for all rows of all heads at once. O(rows).
-  public func accumulatedAttention(into scores: inout ScoreTable) {
+  /// One column of the policy's observer for all rows of all heads. O(rows).
+  public func observed(column: Int = 0, into scores: inout ScoreTable) {
     for head in 0..<kvHeads {
       let range = scores.range(head: head)
-      let own = segments.map { $0.scores(head: head) }
+      let own = segments.map { $0.observed(head: head) }
       scores.values.withUnsafeMutableBufferPointer { buffer in
         guard let base = buffer.baseAddress else { return }
         if owners.isEmpty {
-          segments[0].copyScores(head: head, into: base + range.lowerBound)
+          own[0].copyLive(column: column, into: base + range.lowerBound)
           return
         }
         let first = starts[head]
         for row in 0..<range.count {
-          let column = own[Int(owners[first + row])]
-          base[range.lowerBound + row] = column.map { $0[Int(slots[first + row])] } ?? 0
+          base[range.lowerBound + row] = own[Int(owners[first + row])].value(
+            column: column, slot: Int(slots[first + row]))
         }
       }
     }
   }
+
+  /// Attention the row has received so far, summed over the queries seen and the query heads of the group.
+  /// Needs ``AttentionSum``.
+  public func accumulatedAttention(head: Int, row: Int) -> Float { observed(head: head, row: row) }
+
+  /// The same for all rows of all heads at once. O(rows).
+  public func accumulatedAttention(into scores: inout ScoreTable) { observed(into: &scores) }
 
   /// The keys of a head as stored, [rows, keyDim] f32. O(rows · keyDim), allocates.
   public func keys(head: Int) -> [Float] { read(head: head, dim: shape.keyDim) { $0.readKeys } }

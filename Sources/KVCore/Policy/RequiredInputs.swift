@@ -1,26 +1,64 @@
 /// What a policy must be told beyond keys and values. The cache says at construction whether the engine supplies it.
-public struct RequiredInputs: Hashable, Sendable {
+public struct RequiredInputs: Sendable {
   /// Post-RoPE queries of the last this many tokens.
   public var windowQueries: Int
-  /// The attention weights every cached token received.
-  public var attentionWeights: Bool
+  /// Whether those queries are also needed of decoded tokens. False: they are freed when the prompt is complete.
+  public var queriesWhileDecoding = true
+  /// What is remembered of the attention weights every cached token receives. Nil: they are not needed.
+  public var observer: (any AttentionObserver)?
   /// The rotary embedding, in ``ModelShape/rotary``.
   public var rotary: Bool
 
-  public init(windowQueries: Int = 0, attentionWeights: Bool = false, rotary: Bool = false) {
+  public init(
+    windowQueries: Int = 0, queriesWhileDecoding: Bool = true, observer: (any AttentionObserver)?,
+    rotary: Bool = false
+  ) {
     self.windowQueries = windowQueries
-    self.attentionWeights = attentionWeights
+    self.queriesWhileDecoding = queriesWhileDecoding
+    self.observer = observer
     self.rotary = rotary
   }
+
+  /// - Parameter attentionWeights: whether rows carry the sum of the attention they received, ``AttentionSum``.
+  public init(windowQueries: Int = 0, attentionWeights: Bool = false, rotary: Bool = false) {
+    self.init(windowQueries: windowQueries, observer: attentionWeights ? AttentionSum() : nil, rotary: rotary)
+  }
+
+  /// Whether the weights every cached token receives are needed.
+  public var attentionWeights: Bool { observer != nil }
 
   /// Keys and values are enough.
   public static let none = RequiredInputs()
 
   /// Both needs together.
+  ///
+  /// - Precondition: at most one observer, or twice the same: rows carry the numbers of one.
   public func union(_ other: RequiredInputs) -> RequiredInputs {
-    RequiredInputs(
+    precondition(
+      observer == nil || other.observer == nil || self.observes(as: other), "two observers of the same attention")
+    return RequiredInputs(
       windowQueries: max(windowQueries, other.windowQueries),
-      attentionWeights: attentionWeights || other.attentionWeights, rotary: rotary || other.rotary)
+      queriesWhileDecoding: windowQueries > 0 && queriesWhileDecoding
+        || other.windowQueries > 0 && other.queriesWhileDecoding,
+      observer: observer ?? other.observer, rotary: rotary || other.rotary)
+  }
+
+  private func observes(as other: RequiredInputs) -> Bool {
+    observer.map { AnyHashable($0) } == other.observer.map { AnyHashable($0) }
+  }
+}
+
+extension RequiredInputs: Hashable {
+  public static func == (a: RequiredInputs, b: RequiredInputs) -> Bool {
+    a.windowQueries == b.windowQueries && a.queriesWhileDecoding == b.queriesWhileDecoding && a.rotary == b.rotary
+      && a.observes(as: b)
+  }
+
+  public func hash(into hasher: inout Hasher) {
+    hasher.combine(windowQueries)
+    hasher.combine(queriesWhileDecoding)
+    hasher.combine(rotary)
+    hasher.combine(observer.map { AnyHashable($0) })
   }
 }
 

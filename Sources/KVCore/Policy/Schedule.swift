@@ -6,8 +6,14 @@ public struct Schedule: Hashable, Sendable {
   public var afterPrefillChunks: Bool
   /// After every this many decoded tokens. Nil: never again after the prompt.
   public var decodeInterval: Int?
+  /// Only when some head holds more rows than this; then down to the policy's budget. Nil: the budget itself. A trigger
+  /// above the budget makes evictions rare and large (Scissorhands drops half a buffer at once).
+  public var trigger: Budget?
 
-  public init(afterPrefill: Bool = true, afterPrefillChunks: Bool = false, decodeInterval: Int? = nil) {
+  public init(
+    afterPrefill: Bool = true, afterPrefillChunks: Bool = false, decodeInterval: Int? = nil, trigger: Budget? = nil
+  ) {
+    self.trigger = trigger
     self.afterPrefill = afterPrefill
     self.afterPrefillChunks = afterPrefillChunks
     self.decodeInterval = decodeInterval

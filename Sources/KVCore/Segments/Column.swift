@@ -1,12 +1,17 @@
-/// One number per slot of a head (positions, log biases, accumulated attention), in host-visible memory.
+/// Numbers of the slots of a head (positions, log biases, observed attention), in host-visible memory: `width` of them
+/// a slot, plane by plane.
 ///
+/// ```
+/// plane 0: slot 0 … count … capacity ┬ plane 1: slot 0 … count … capacity ┬ …
+/// ```
 /// Grows by an eighth, at least 64 slots; copied on write when a fork shares it.
 package struct Column<Element: BitwiseCopyable> {
   package private(set) var buffer: Buffer?
   package private(set) var count = 0
   package private(set) var capacity = 0
+  package let width: Int
 
-  package init() {}
+  package init(width: Int = 1) { self.width = width }
 
   package var base: UnsafeMutablePointer<Element>? {
     buffer.map { $0.base.assumingMemoryBound(to: Element.self) }
@@ -32,30 +37,44 @@ package struct Column<Element: BitwiseCopyable> {
   package mutating func reserve(_ adding: Int, backend: any ComputeBackend) throws(KVError) {
     let wanted = Column.grown(capacity: capacity, count: count, adding: adding)
     if wanted == capacity, buffer == nil || isKnownUniquelyReferenced(&buffer) { return }
-    let fresh = try backend.allocate(byteCount: Swift.max(wanted, 1) * MemoryLayout<Element>.stride, hostVisible: true)
-    if let base { fresh.base.copyMemory(from: base, byteCount: count * MemoryLayout<Element>.stride) }
+    let size = MemoryLayout<Element>.stride
+    let fresh = try backend.allocate(byteCount: Swift.max(wanted, 1) * width * size, hostVisible: true)
+    if let base {
+      for plane in 0..<width {
+        (fresh.base + plane * wanted * size).copyMemory(from: base + plane * capacity, byteCount: count * size)
+      }
+    }
     buffer = fresh
     capacity = wanted
   }
 
-  /// Appends into reserved room.
-  package mutating func append(_ value: Element) {
-    precondition(count < capacity, "column of \(capacity) slots is full")
-    base.unsafelyUnwrapped[count] = value
-    count += 1
-  }
+  /// Appends into reserved room, the same in every plane.
+  package mutating func append(_ value: Element) { append(repeating: value, count: 1) }
 
   package mutating func append(repeating value: Element, count added: Int) {
-    for _ in 0..<added { append(value) }
+    precondition(count + added <= capacity, "column of \(capacity) slots is full")
+    for plane in 0..<width {
+      (base.unsafelyUnwrapped + plane * capacity + count).update(repeating: value, count: added)
+    }
+    count += added
+  }
+
+  /// Appends slots whose plane p holds `values[p]`.
+  package mutating func append(planes values: [Element], count added: Int) {
+    precondition(count + added <= capacity && values.count == width, "column of \(capacity) slots is full")
+    for plane in 0..<width {
+      (base.unsafelyUnwrapped + plane * capacity + count).update(repeating: values[plane], count: added)
+    }
+    count += added
   }
 
   /// Memory that may be written in place: copied first when a fork shares it.
   package mutating func makeUnique(backend: any ComputeBackend) throws(KVError) { try reserve(0, backend: backend) }
 
-  /// Overwrites one slot. The caller has made the column unique.
-  package mutating func set(_ index: Int, _ value: Element) {
-    precondition(index >= 0 && index < count, "slot \(index) of a column of \(count)")
-    base.unsafelyUnwrapped[index] = value
+  /// Overwrites one slot of a plane. The caller has made the column unique.
+  package mutating func set(_ index: Int, plane: Int = 0, _ value: Element) {
+    precondition(index >= 0 && index < count && plane < width, "slot \(index) of a column of \(count)")
+    base.unsafelyUnwrapped[plane * capacity + index] = value
   }
 
   package mutating func removeLast(_ removed: Int) {
@@ -63,13 +82,41 @@ package struct Column<Element: BitwiseCopyable> {
     count -= removed
   }
 
+  /// Moves the slots that live down over those whose log bias is minus infinity. The caller has made the column unique;
+  /// the biases may be its own.
+  package mutating func compact(without bias: UnsafePointer<Float>) {
+    guard let base else { return }
+    var live = 0
+    // The last plane's pass may overwrite the marks it has read, never those to come.
+    for plane in 0..<width {
+      let values = base + plane * capacity
+      live = 0
+      for slot in 0..<count where bias[slot] != -.infinity {
+        values[live] = values[slot]
+        live += 1
+      }
+    }
+    count = live
+  }
+
   /// A new column with the slots of `kept`, in their order.
   package func gathered(_ kept: [Int], backend: any ComputeBackend) throws(KVError) -> Column {
-    var result = Column()
+    var result = Column(width: width)
     if kept.isEmpty { return result }
     try result.reserve(kept.count, backend: backend)
-    for index in kept { result.append(self[index]) }
+    result.append(from: self, slots: kept)
     return result
+  }
+
+  /// Appends some slots of another column of the same width into reserved room.
+  package mutating func append(from other: Column, slots: [Int]) {
+    precondition(count + slots.count <= capacity && width == other.width, "column of \(capacity) slots is full")
+    guard let base, let source = other.base else { return }
+    for plane in 0..<width {
+      let target = base + plane * capacity + count
+      for (offset, slot) in slots.enumerated() { target[offset] = source[plane * other.capacity + slot] }
+    }
+    count += slots.count
   }
 }
 
@@ -209,6 +256,13 @@ package struct PositionColumn {
     }
     result.sortOut(kept.count)
     return result
+  }
+
+  /// Moves explicit positions of live slots down over dead ones.
+  package mutating func compact(without bias: UnsafePointer<Float>, backend: any ComputeBackend) throws(KVError) {
+    try explicit?.makeUnique(backend: backend)
+    explicit?.compact(without: bias)
+    if let slots = explicit?.count { sortOut(slots) }
   }
 
   /// First slot from `sortedFrom` on whose position is at least `position`. O(log count).

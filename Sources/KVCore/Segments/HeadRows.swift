@@ -4,7 +4,7 @@
 /// slot        0   1   2   …
 /// positions   0   1   5   …    Int32, implicit while consecutive
 /// bias        0   0  -∞   …    Float, absent while all are 0
-/// score      .5  .2   0   …    Float, absent unless the policy asks for attention statistics
+/// observed   .5  .2   0   …    Float, some a slot, absent unless the policy observes attention
 /// count       1   3   1   …    UInt32, tokens a slot stands for, absent while all are 1
 /// keys      ┌ body ┬ tail ┐    split where the key format says
 /// values    ┌ body  ┬ tail┐    split where the value format says
@@ -14,7 +14,7 @@ package struct HeadRows {
   package var values: RowStore
   package var positions = PositionColumn()
   package var bias: Column<Float>?
-  package var score: Column<Float>?
+  package var observed: Column<Float>?
   package var counts: Column<UInt32>?
   package var dead = 0
 
@@ -31,19 +31,20 @@ package struct HeadRows {
   /// Tokens a slot stands for.
   package func count(_ slot: Int) -> Int { counts.map { Int($0[slot]) } ?? 1 }
 
-  /// Room for `count` more slots in the bias, score and count columns, which are made when first needed.
+  /// Room for `count` more slots in the bias, observed and count columns, which are made when first needed; `observed`
+  /// numbers a slot.
   package mutating func reserveColumns(
-    _ count: Int, biased: Bool, scored: Bool, counted: Bool = false, backend: any ComputeBackend
+    _ count: Int, biased: Bool, observed width: Int, counted: Bool = false, backend: any ComputeBackend
   ) throws(KVError) {
     if bias != nil {
       try bias!.reserve(count, backend: backend)
     } else if biased {
       bias = try HeadRows.column(of: 0, slots, room: count, backend: backend)
     }
-    if score != nil {
-      try score!.reserve(count, backend: backend)
-    } else if scored {
-      score = try HeadRows.column(of: 0, slots, room: count, backend: backend)
+    if observed != nil {
+      try observed!.reserve(count, backend: backend)
+    } else if width > 0 {
+      observed = try HeadRows.column(of: 0, width: width, slots, room: count, backend: backend)
     }
     if counts != nil {
       try counts!.reserve(count, backend: backend)
@@ -53,9 +54,9 @@ package struct HeadRows {
   }
 
   private static func column<Element: BitwiseCopyable>(
-    of value: Element, _ count: Int, room: Int, backend: any ComputeBackend
+    of value: Element, width: Int = 1, _ count: Int, room: Int, backend: any ComputeBackend
   ) throws(KVError) -> Column<Element> {
-    var column = Column<Element>()
+    var column = Column<Element>(width: width)
     try column.reserve(count + room, backend: backend)
     column.append(repeating: value, count: count)
     return column
@@ -68,17 +69,14 @@ package struct HeadRows {
     values.removeLast(count)
     positions.removeLast(count)
     bias?.removeLast(count)
-    score?.removeLast(count)
+    observed?.removeLast(count)
     counts?.removeLast(count)
   }
 
   /// Memory in which slots can be marked dead.
   package mutating func prepareDrop(backend: any ComputeBackend) throws(KVError) {
     if bias == nil {
-      var column = Column<Float>()
-      try column.reserve(slots, backend: backend)
-      column.append(repeating: 0, count: slots)
-      bias = column
+      bias = try HeadRows.column(of: 0, slots, room: 0, backend: backend)
     } else {
       try bias!.makeUnique(backend: backend)
     }
@@ -88,10 +86,14 @@ package struct HeadRows {
   package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
     if dropped.isEmpty { return }
     try prepareDrop(backend: backend)
-    for slot in dropped where bias![slot] != -.infinity {
-      bias!.set(slot, -.infinity)
-      dead += 1
-    }
+    for slot in dropped { drop(slot) }
+  }
+
+  /// Marks a slot dead. Only after `prepareDrop`.
+  package mutating func drop(_ slot: Int) {
+    if bias![slot] == -.infinity { return }
+    bias!.set(slot, -.infinity)
+    dead += 1
   }
 
   /// Dead slots worth reclaiming: a few for small heads, at most 64.
@@ -113,7 +115,7 @@ package struct HeadRows {
       let stillNeeded = kept.contains { bias[$0] != 0 }
       result.bias = stillNeeded ? try bias.gathered(kept, backend: backend) : nil
     }
-    if let score { result.score = try score.gathered(kept, backend: backend) }
+    if let observed { result.observed = try observed.gathered(kept, backend: backend) }
     if let counts {
       let stillNeeded = kept.contains { counts[$0] != 1 }
       result.counts = stillNeeded ? try counts.gathered(kept, backend: backend) : nil
@@ -121,6 +123,32 @@ package struct HeadRows {
     result.keys = try keys.rebuilt(physical: physical, backend: backend)
     result.values = try values.rebuilt(physical: physical, backend: backend)
     return result
+  }
+
+  /// Closes the gaps of dead slots inside the memory there is, when all rows are dense and nobody else reads them. The
+  /// room that comes free is for the next rows.
+  ///
+  /// - Returns: false when that is not so; nothing has changed.
+  package mutating func compactInPlace(backend: any ComputeBackend) throws(KVError) -> Bool {
+    guard dead > 0, bias != nil, positions.isAscending, keys.movesInPlace(backend),
+      values.movesInPlace(backend) else { return false }
+    try bias!.makeUnique(backend: backend)
+    guard let marks = bias!.base.map({ UnsafePointer($0) }) else { return false }
+    try observed?.makeUnique(backend: backend)
+    try counts?.makeUnique(backend: backend)
+    if positions.explicit == nil {
+      // Consecutive positions with gaps are written down for the first time.
+      positions = try positions.gathered((0..<slots).filter { marks[$0] != -.infinity }, backend: backend)
+    } else {
+      try positions.compact(without: marks, backend: backend)
+    }
+    observed?.compact(without: marks)
+    counts?.compact(without: marks)
+    keys.compact(without: marks, backend: backend)
+    values.compact(without: marks, backend: backend)
+    bias!.compact(without: marks)
+    self.dead = 0
+    return true
   }
 
   private static func keepFullUnits(of store: RowStore, alive: [Bool], in physical: inout [Bool]) {
@@ -159,7 +187,7 @@ package struct HeadRows {
     values.tally(into: &tally)
     if let buffer = positions.explicit?.buffer { tally.add(buffer, kind: \.index) }
     if let buffer = bias?.buffer { tally.add(buffer, kind: \.metadata) }
-    if let buffer = score?.buffer { tally.add(buffer, kind: \.state) }
+    if let buffer = observed?.buffer { tally.add(buffer, kind: \.state) }
     if let buffer = counts?.buffer { tally.add(buffer, kind: \.metadata) }
   }
 
@@ -169,7 +197,7 @@ package struct HeadRows {
     let counted = (0..<slots).reduce(0) { $0 + (isLive($1) ? 0 : 1) }
     precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
     precondition(bias.map { $0.count == slots } ?? true, "one bias per slot")
-    precondition(score.map { $0.count == slots } ?? true, "one score per slot")
+    precondition(observed.map { $0.count == slots } ?? true, "observed numbers of every slot")
     precondition(counts.map { $0.count == slots } ?? true, "one count per slot")
     precondition(
       keys.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }

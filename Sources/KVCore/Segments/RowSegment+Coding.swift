@@ -34,9 +34,12 @@ extension HeadRows {
     writer.count(slots)
     writer.count(dead)
     positions.encode(to: &writer)
-    for column in [bias, score] {
-      writer.bool(column != nil)
-      column?.encode(to: &writer)
+    writer.bool(bias != nil)
+    bias?.encode(to: &writer)
+    writer.bool(observed != nil)
+    if let observed {
+      writer.count(observed.width)
+      observed.encode(to: &writer)
     }
     keys.encode(to: &writer, backend: backend)
     values.encode(to: &writer, backend: backend)
@@ -61,8 +64,11 @@ extension HeadRows {
     guard hidden == dead else {
       throw reader.corrupt("expected \(dead) dead slots, those with a log bias of minus infinity; found \(hidden)")
     }
-    if try reader.bool("whether there is accumulated attention") {
-      score = try Column<Float>(from: &reader, count: slots, "attention sums", backend: backend) { $0.isFinite }
+    if try reader.bool("whether there is observed attention") {
+      let width = try reader.count("observed columns", in: 1...AttentionLimits.columns)
+      observed = try Column<Float>(from: &reader, width: width, count: slots, "observed numbers", backend: backend) {
+        $0.isFinite
+      }
     }
     keys = try RowStore(from: &reader, slots: slots, like: keys, backend: backend)
     values = try RowStore(from: &reader, slots: slots, like: values, backend: backend)
@@ -82,23 +88,28 @@ extension Column where Element: StoredNumber {
 
   fileprivate func encode(to writer: inout ByteWriter) {
     writer.count(Swift.min(capacity, Column.roomiest(count)))
-    withSpan { slots in for slot in slots { writer.array([slot]) } }
+    guard let base else { return }
+    for plane in 0..<width {
+      for slot in 0..<count { writer.array([base[plane * capacity + slot]]) }
+    }
   }
 
   /// - Parameter accepts: whether a value may be there.
   fileprivate init(
-    from reader: inout ByteReader, count: Int, _ what: String, backend: any ComputeBackend,
+    from reader: inout ByteReader, width: Int = 1, count: Int, _ what: String, backend: any ComputeBackend,
     accepts: (Element) -> Bool
   ) throws(KVError) {
-    self.init()
+    self.init(width: width)
     let capacity = try reader.count("room for \(what)", in: count...Column.roomiest(count))
     let place = reader
-    let values = try reader.array(of: Element.self, count: count, what)
-    for (slot, value) in values.enumerated() where !accepts(value) {
-      throw place.corrupt("unexpected \(value) among the \(what), in slot \(slot)")
+    let values = try reader.array(of: Element.self, count: count * width, what)
+    for (index, value) in values.enumerated() where !accepts(value) {
+      throw place.corrupt("unexpected \(value) among the \(what), in slot \(index % count)")
     }
     try reserve(capacity, backend: backend)
-    for value in values { append(value) }
+    guard let zero = values.first else { return }
+    append(repeating: zero, count: count)
+    for (index, value) in values.enumerated() { set(index % count, plane: index / count, value) }
   }
 }
 

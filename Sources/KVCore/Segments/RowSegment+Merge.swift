@@ -16,7 +16,7 @@ extension RowSegment {
     for (merge, head) in zip(merges, numbers) {
       let biased = merge.slots.contains { $0.logBias != 0 }
       let counted = merge.slots.contains { $0.count != 1 }
-      try heads[head].reserveColumns(0, biased: biased, scored: false, counted: counted, backend: backend)
+      try heads[head].reserveColumns(0, biased: biased, observed: 0, counted: counted, backend: backend)
       try heads[head].keys.makeWritable(merge.keySlots, backend: backend)
       try heads[head].values.makeWritable(merge.valueSlots, backend: backend)
     }
@@ -27,7 +27,9 @@ extension RowSegment {
       for slot in merge.slots {
         heads[head].bias?.set(slot.slot, slot.logBias)
         heads[head].counts?.set(slot.slot, UInt32(slot.count))
-        heads[head].score?.set(slot.slot, slot.score)
+        for (plane, value) in slot.observed.enumerated() {
+          heads[head].observed?.set(slot.slot, plane: plane, value)
+        }
       }
     }
     withExtendedLifetime(scratch) {}

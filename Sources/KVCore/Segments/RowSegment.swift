@@ -39,7 +39,7 @@ package final class RowSegment: Segment {
   // MARK: Appending
 
   package func append(
-    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, tracksScores: Bool
+    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, observed: [Float]
   ) throws(KVError) {
     let count = keys.tokens
     targets.removeAll(keepingCapacity: true)
@@ -48,8 +48,8 @@ package final class RowSegment: Segment {
       try write(keys, side: \.keys, name: "key", firstPosition: firstPosition)
       let keyTargets = targets.count
       try write(values, side: \.values, name: "value", firstPosition: firstPosition)
-      try reserve(count, firstPosition: firstPosition, tracksScores: tracksScores)
-      commit(count, firstPosition: firstPosition, keyTargets: keyTargets)
+      try reserve(count, firstPosition: firstPosition, observed: observed.count)
+      commit(count, firstPosition: firstPosition, keyTargets: keyTargets, observed: observed)
     } catch {
       for head in heads.indices {
         heads[head].keys.cancelReservation()
@@ -59,10 +59,10 @@ package final class RowSegment: Segment {
     }
   }
 
-  private func reserve(_ count: Int, firstPosition: Int, tracksScores: Bool) throws(KVError) {
+  private func reserve(_ count: Int, firstPosition: Int, observed: Int) throws(KVError) {
     for head in heads.indices {
       try heads[head].positions.reserve(next: firstPosition, adding: count, backend: backend)
-      try heads[head].reserveColumns(count, biased: false, scored: tracksScores, backend: backend)
+      try heads[head].reserveColumns(count, biased: false, observed: observed, backend: backend)
     }
   }
 
@@ -91,7 +91,7 @@ package final class RowSegment: Segment {
     }
   }
 
-  private func commit(_ count: Int, firstPosition: Int, keyTargets: Int) {
+  private func commit(_ count: Int, firstPosition: Int, keyTargets: Int, observed: [Float]) {
     var key = 0
     var value = keyTargets
     for head in heads.indices {
@@ -103,7 +103,7 @@ package final class RowSegment: Segment {
       value = valueEnd
       heads[head].positions.append(next: firstPosition, adding: count)
       heads[head].bias?.append(repeating: 0, count: count)
-      heads[head].score?.append(repeating: 0, count: count)
+      heads[head].observed?.append(planes: observed, count: count)
       heads[head].counts?.append(repeating: 1, count: count)
     }
   }
@@ -135,7 +135,7 @@ package final class RowSegment: Segment {
     return (keys, values)
   }
 
-  package func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError) {
+  package func absorb(from other: any Segment, slots: [[Int]], observed: Int) throws(KVError) {
     // All memory first, then rows: nothing has changed when it runs out.
     var room = heads.map { _ in (keys: [RunSlice](), values: [RunSlice]()) }
     let positions = heads.indices.map { head in slots[head].map { other.position(head: head, slot: $0) } }
@@ -147,7 +147,7 @@ package final class RowSegment: Segment {
         let biased = slots[head].contains { other.logBias(head: head, slot: $0) != 0 }
         let counted = slots[head].contains { other.count(head: head, slot: $0) != 1 }
         try heads[head].reserveColumns(
-          count, biased: biased, scored: tracksScores, counted: counted, backend: backend)
+          count, biased: biased, observed: observed, counted: counted, backend: backend)
         try heads[head].positions.reserve(positions[head], backend: backend)
       }
     } catch {
@@ -162,10 +162,15 @@ package final class RowSegment: Segment {
       heads[head].keys.fill(room[head].keys, from: sources.keys, backend: backend)
       heads[head].values.fill(room[head].values, from: sources.values, backend: backend)
       heads[head].positions.append(positions[head])
-      for slot in slots[head] {
+      let source = other.observed(head: head)
+      let first = heads[head].observed?.count ?? 0
+      heads[head].observed?.append(repeating: 0, count: slots[head].count)
+      for (offset, slot) in slots[head].enumerated() {
         heads[head].bias?.append(other.logBias(head: head, slot: slot))
-        heads[head].score?.append(other.score(head: head, slot: slot))
         heads[head].counts?.append(UInt32(other.count(head: head, slot: slot)))
+        for plane in 0..<(heads[head].observed?.width ?? 0) {
+          heads[head].observed?.set(first + offset, plane: plane, source.value(column: plane, slot: slot))
+        }
       }
     }
   }
@@ -209,11 +214,19 @@ package final class RowSegment: Segment {
     for head in heads.indices { try heads[head].drop(slots[head], backend: backend) }
   }
 
+  package var dropsInPlace: Bool { true }
+
+  package func prepareDrop() throws(KVError) {
+    for head in heads.indices { try heads[head].prepareDrop(backend: backend) }
+  }
+
+  package func drop(head: Int, slot: Int) { heads[head].drop(slot) }
+
   package func reclaim(eager: Bool) throws(KVError) {
     for head in heads.indices where heads[head].dead > 0 {
-      if eager || heads[head].dead >= heads[head].reclaimThreshold {
-        heads[head] = try heads[head].reclaimed(backend: backend)
-      }
+      if !eager, heads[head].dead < heads[head].reclaimThreshold { continue }
+      if !eager, try heads[head].compactInPlace(backend: backend) { continue }
+      heads[head] = try heads[head].reclaimed(backend: backend)
     }
   }
 
@@ -252,7 +265,7 @@ package final class RowSegment: Segment {
         positions: rows.positions.explicit?.base.map { UnsafePointer($0) + range.lowerBound },
         firstPosition: rows.positions.first + range.lowerBound,
         bias: rows.bias?.base.map { UnsafePointer($0) + range.lowerBound },
-        score: rows.score?.base.map { $0 + range.lowerBound }, shift: shift,
+        score: rows.observed?.base.map { $0 + range.lowerBound }, shift: shift,
         sortedFrom: max(0, min(rows.positions.sortedFrom, range.upperBound) - range.lowerBound),
         highest: rows.positions.highest))
   }
@@ -283,25 +296,14 @@ package final class RowSegment: Segment {
     return slices[0]
   }
 
-  // MARK: Scores
+  // MARK: Observed attention
 
-  package func score(head: Int, slot: Int) -> Float { heads[head].score.map { $0[slot] } ?? 0 }
-
-  package func copyScores(head: Int, into target: UnsafeMutablePointer<Float>) {
+  package func observed(head: Int) -> ObservedColumns {
     let rows = heads[head]
-    guard let scores = rows.score?.base else {
-      target.update(repeating: 0, count: rows.live)
-      return
-    }
-    guard rows.dead > 0, let bias = rows.bias?.base else {
-      target.update(from: scores, count: rows.slots)
-      return
-    }
-    var next = 0
-    for slot in 0..<rows.slots where bias[slot] != -.infinity {
-      target[next] = scores[slot]
-      next += 1
-    }
+    return ObservedColumns(
+      base: rows.observed?.base, stride: rows.observed?.capacity ?? 0, width: rows.observed?.width ?? 0,
+      count: rows.slots, live: rows.live, bias: rows.dead > 0 ? rows.bias?.base.map { UnsafePointer($0) } : nil,
+      positions: rows.positions.explicit?.base.map { UnsafePointer($0) }, firstPosition: rows.positions.first)
   }
 
   package func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>) {
@@ -327,19 +329,12 @@ package final class RowSegment: Segment {
     }
   }
 
-  package func forgetScores() { for head in heads.indices { heads[head].score = nil } }
+  package func forgetObserved() { for head in heads.indices { heads[head].observed = nil } }
 
-  package func prepareScores() throws(KVError) {
-    for head in heads.indices where heads[head].score != nil {
-      try heads[head].score!.makeUnique(backend: backend)
+  package func prepareObserved() throws(KVError) {
+    for head in heads.indices where heads[head].observed != nil {
+      try heads[head].observed!.makeUnique(backend: backend)
     }
-  }
-
-  package func scores(head: Int) -> UnsafePointer<Float>? { heads[head].score?.base.map { UnsafePointer($0) } }
-
-  package func addScores(head: Int, _ added: [(slot: Int, weight: Float)]) {
-    guard heads[head].score != nil else { return }
-    for (slot, weight) in added { heads[head].score!.set(slot, heads[head].score![slot] + weight) }
   }
 
   // MARK: Life cycle
@@ -387,9 +382,9 @@ package struct RowFormat: SegmentFactory, Hashable {
     try backend.require(values)
   }
 
-  package func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int {
+  package func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
     return keys.bytes(rows: rows, dim: layer.keyDim) + values.bytes(rows: rows, dim: layer.valueDim)
-      + slots * (scored ? 3 : 2) * MemoryLayout<Float>.stride
+      + slots * (2 + observed) * MemoryLayout<Float>.stride
   }
 }

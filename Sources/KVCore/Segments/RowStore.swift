@@ -388,6 +388,61 @@ package struct RowStore {
     }
   }
 
+  // MARK: Closing gaps
+
+  /// Whether all rows are dense and in memory that no fork reads.
+  package mutating func movesInPlace(_ backend: any ComputeBackend) -> Bool {
+    if bodyRows > 0 || !backend.movesOverlappingRows { return false }
+    for index in extents.indices where !isKnownUniquelyReferenced(&extents[index].buffer) { return false }
+    return true
+  }
+
+  /// Moves live rows down over dead ones, inside the extents. Extents behind the last row are given back, but for one
+  /// that is not larger than what new rows would open: it is their room.
+  package mutating func compact(without bias: UnsafePointer<Float>, backend: any ComputeBackend) {
+    var to = (extent: 0, row: 0)
+    var from = (extent: 0, row: 0)
+    var slot = 0
+    var moved = 0
+    var moving = false
+    while slot < rows {
+      while from.row == extents[from.extent].rows { from = (from.extent + 1, 0) }
+      let dead = bias[slot] == -.infinity
+      var end = slot + 1
+      let limit = min(rows, slot + extents[from.extent].rows - from.row)
+      while end < limit, (bias[end] == -.infinity) == dead { end += 1 }
+      var left = end - slot
+      if dead {
+        moving = true
+        from.row += left
+      }
+      while !dead, left > 0 {
+        while to.row == extents[to.extent].rows { to = (to.extent + 1, 0) }
+        let taken = min(left, extents[to.extent].rows - to.row)
+        if moving {
+          backend.moveRows(
+            RunSlice(run: extents[from.extent].run(dim: dim), first: extents[from.extent].first + from.row, count: taken),
+            to: extents[to.extent].run(dim: dim), row: extents[to.extent].first + to.row)
+        }
+        to.row += taken
+        from.row += taken
+        moved += taken
+        left -= taken
+      }
+      slot = end
+    }
+    rows = 0
+    for index in extents.indices {
+      extents[index].rows = min(extents[index].rows, moved - rows)
+      rows += extents[index].rows
+    }
+    while extents.count > 1, let last = extents.last, last.rows == 0,
+      extents[extents.count - 2].rows == 0 || last.capacity > format.growth
+    {
+      extents.removeLast()
+    }
+  }
+
   // MARK: Accounting
 
   package func tally(into tally: inout ByteTally) {

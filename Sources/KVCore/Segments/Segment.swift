@@ -13,9 +13,10 @@ package protocol Segment: AnyObject {
   /// From this slot on, positions are larger than all before them. 0: the whole head is in position order.
   func sortedFrom(head: Int) -> Int
 
-  /// Appends the tokens of two views to every head; positions `first ...`.
+  /// Appends the tokens of two views to every head; positions `first ...`. `observed`: what the columns of a row start
+  /// with, empty when no attention is observed.
   func append(
-    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, tracksScores: Bool
+    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, observed: [Float]
   ) throws(KVError)
 
   /// Moves rows to where the representation wants them (out of the dense window, say).
@@ -25,6 +26,13 @@ package protocol Segment: AnyObject {
   func prepareDrop(_ slots: [[Int]]) throws(KVError)
   /// Marks slots dead, in any order.
   func drop(_ slots: [[Int]]) throws(KVError)
+
+  /// Whether single slots can be dropped without allocating, by `prepareDrop` and then `drop(head:slot:)`.
+  var dropsInPlace: Bool { get }
+  /// Makes sure that dropping cannot fail.
+  func prepareDrop() throws(KVError)
+  /// Marks one live slot dead. Only after `prepareDrop`.
+  func drop(head: Int, slot: Int)
 
   /// Gives memory of dead slots back: all of it when `eager`, else when enough has gathered to be worth it.
   func reclaim(eager: Bool) throws(KVError)
@@ -37,23 +45,17 @@ package protocol Segment: AnyObject {
   /// Describes the slots of a head in `range` to an attention plan.
   func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan)
 
-  /// Accumulated attention of a slot; 0 when nobody asked for it.
-  func score(head: Int, slot: Int) -> Float
-  /// The same for every live slot of a head, in order: `into` has room for `liveCount`.
-  func copyScores(head: Int, into target: UnsafeMutablePointer<Float>)
+  /// What was observed of a head's slots: where the columns are. They may be written after `prepareObserved`.
+  func observed(head: Int) -> ObservedColumns
   /// Appends the live slots of a head, ascending.
   func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>)
   /// Enters the live slots of a head at their positions in a table of all tokens seen.
   func enterLiveSlots(
     head: Int, as segment: Int32, in table: UnsafeMutableBufferPointer<LayerView.RowReference>)
-  /// Removes the accumulated attention of every slot: the policy no longer needs it.
-  func forgetScores()
-  /// The accumulated attention of all slots of a head; nil when nobody asked for it.
-  func scores(head: Int) -> UnsafePointer<Float>?
-  /// Adds observed attention to slots of a head, after `prepareScores`.
-  func addScores(head: Int, _ added: [(slot: Int, weight: Float)])
-  /// Makes score memory exclusive before a backend writes to it.
-  func prepareScores() throws(KVError)
+  /// Frees the observed columns of every slot: the policy no longer needs them.
+  func forgetObserved()
+  /// Makes the observed columns exclusive before anything writes to them.
+  func prepareObserved() throws(KVError)
 
   /// Rows as f32, rows `dim` floats apart.
   func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>)
@@ -78,8 +80,9 @@ package protocol Segment: AnyObject {
   func checkInvariants()
 
   /// Appends rows of another segment to this one's dense windows, in the order of `slots[h]`. They may be older than
-  /// rows that are here. Changes nothing when memory runs out.
-  func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError)
+  /// rows that are here. `observed`: columns of a row.
+  /// Changes nothing when memory runs out.
+  func absorb(from other: any Segment, slots: [[Int]], observed: Int) throws(KVError)
   /// Takes back the last `counts[h]` rows that `absorb` appended, before anything else happened.
   func retract(_ counts: [Int])
   /// The slices of single slots, for `absorb`.
@@ -90,6 +93,9 @@ package protocol Segment: AnyObject {
 }
 
 extension Segment {
+  package var dropsInPlace: Bool { false }
+  package func prepareDrop() throws(KVError) {}
+  package func drop(head: Int, slot: Int) { preconditionFailure("this representation drops by lists") }
   package func count(head: Int, slot: Int) -> Int { 1 }
 
   package func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) {
@@ -103,17 +109,17 @@ package struct HeadMerges {
     package var slot: Int
     package var logBias: Float
     package var count: Int
-    package var score: Float
+    package var observed: [Float]
 
-    package init(slot: Int, logBias: Float, count: Int, score: Float) {
+    package init(slot: Int, logBias: Float, count: Int, observed: [Float]) {
       self.slot = slot
       self.logBias = logBias
       self.count = count
-      self.score = score
+      self.observed = observed
     }
   }
 
-  /// Every slot whose bias, count or score changes.
+  /// Every slot whose bias, count or observed numbers change.
   package var slots: [Slot] = []
   /// Slots that get new keys, ascending, and the sums they get: sum j for slot j.
   package var keySlots: [Int] = []
@@ -141,8 +147,8 @@ package protocol SegmentFactory: Sendable {
   /// Refuses backends without kernels for the representation.
   func validate(backend: any ComputeBackend) throws(KVError)
   /// The most bytes one KV head needs for this many rows, with positions, dead slots that wait to be reclaimed, and
-  /// accumulated attention when `scored`. Holes in frozen groups are not foreseen.
-  func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int
+  /// `observed` columns. Holes in frozen groups are not foreseen.
+  func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int
   /// A segment from what `Segment.encode` wrote: nothing in the bytes is trusted, every position is below `tokensSeen`.
   ///
   /// - Throws: `corruptFile`, `outOfMemory`.

@@ -36,6 +36,7 @@ import Testing
       ("as published", selection.schedule), ("once", Schedule()), ("every 1", Schedule(decodeInterval: 1)),
       ("every 5", Schedule(decodeInterval: 5)),
       ("chunks", Schedule(afterPrefillChunks: true, decodeInterval: 3)),
+      ("over", Schedule(decodeInterval: 1, trigger: .tokens(31))),
     ]
   }
 
@@ -225,7 +226,9 @@ struct RowModel {
   mutating func compress() {
     let budget = policy.budget.resolveTokens(
       tokens: seen, layer: 0, head: 0, layers: shape.layers.count, kvHeads: shape.layers[0].kvHeads, bytesPerRow: 1)
-    if rows > budget {
+    let trigger = policy.schedule.trigger?.resolveTokens(
+      tokens: seen, layer: 0, head: 0, layers: shape.layers.count, kvHeads: shape.layers[0].kvHeads, bytesPerRow: 1)
+    if rows > budget, rows > trigger ?? 0 {
       sinksLeft = min(sinksLeft, policy.router.protection.split(kept: budget, of: rows).sinks)
       atLastCompression = (budget, rows, seen)
       rows = budget

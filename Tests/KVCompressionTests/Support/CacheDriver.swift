@@ -102,7 +102,7 @@ struct KernelAttention {
     try plain.append(
       keys: TensorView(k.span, heads: keys.heads, tokens: keys.tokens, dim: keys.dim),
       values: TensorView(v.span, heads: values.heads, tokens: values.tokens, dim: values.dim), firstPosition: 0,
-      tracksScores: false)
+      observed: [])
     guard let bias else { return plain }
     var heads = plain.heads
     for head in heads.indices {

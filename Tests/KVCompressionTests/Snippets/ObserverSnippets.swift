@@ -1,0 +1,15 @@
+import KVCompression
+import Testing
+
+/// The code of the pages on methods that observe attention, and on schedules.
+@Suite struct ObserverSnippets {
+  @Test func methods() throws {
+    let tova = Policy(try .tova(budget: .tokens(512), recent: 1), store: .dense(.f16))
+    let lazy = Policy(try .lazyEviction(budget: .tokens(1334), window: 52, alpha: 5e-4), store: .dense(.f16))
+    let decoding = Policy(
+      try .snapKV(budget: .tokens(2048)).rescheduled(chunks: true, every: 64), store: .dense(.f16))
+    for policy in [tova, lazy, decoding] {
+      #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
+    }
+  }
+}
