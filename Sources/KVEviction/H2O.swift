@@ -47,9 +47,11 @@ extension Selection {
       throw KVError(.invalidOption, "evicting every \(every) tokens does not exist; at least 1, or never")
     }
     return Selection(
-      spec: StageSpec(name: "h2o", options: options + [
-        SpecOption("every", .integer(every ?? 0)), SpecOption("normalised", .bool(normalised)),
-      ]),
+      spec: StageSpec(
+        name: "h2o",
+        options: options + [
+          SpecOption("every", .integer(every ?? 0)), SpecOption("normalised", .bool(normalised)),
+        ]),
       scorer: AccumulatedAttention(ageNormalised: normalised), budget: budget, router: TopKRouter(protection),
       schedule: Schedule(decodeInterval: every))
   }

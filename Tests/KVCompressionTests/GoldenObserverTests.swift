@@ -26,7 +26,8 @@ import Testing
       let whole = cache.fork()
       try whole.append(
         input.probeKeys.slice(tokens: step..<step + 1), input.probeValues.slice(tokens: step..<step + 1))
-      scores += try attention(whole, input.probeQueries.slice(tokens: step..<step + 1), of: input.tokens + 8 + pad(name))
+      scores += try attention(
+        whole, input.probeQueries.slice(tokens: step..<step + 1), of: input.tokens + 8 + pad(name))
       try cache.append(
         input.probeKeys.slice(tokens: step..<step + 1), input.probeValues.slice(tokens: step..<step + 1))
       outputs += try cache.attend(input.probeQueries.slice(tokens: step..<step + 1))
@@ -46,7 +47,8 @@ import Testing
   /// Scores by token position after one attention call that evicts nothing.
   private func attention(_ cache: KVCache, _ queries: HeadTensor, of tokens: Int) throws -> [Float] {
     let keep = try KVCache(
-      Policy(.tova(budget: .tokens(4096)), store: .dense(.f32)), queryHeads: queries.heads, kvHeads: 2, dim: queries.dim)
+      Policy(.tova(budget: .tokens(4096)), store: .dense(.f32)), queryHeads: queries.heads, kvHeads: 2, dim: queries.dim
+    )
     let positions = try cache.rows(layer: 0, head: 0)
     let contents = try (0..<2).map { try cache.read(layer: 0, head: $0) }
     let keys = try HeadTensor(
@@ -90,10 +92,9 @@ import Testing
     let cache = try cache(input, .tova(budget: .fraction(0.5), recent: 1, every: nil))
     try feedPrompt(cache, input)
     var scores = try cache.scores()
-    let top = scores.flatMap { $0.dropLast() }.max() ?? 0
-    // The press writes the largest score of all, its own padding included, plus one.
-    let newest = max(top, scores.map { $0[$0.count - 1] }.max() ?? 0)
-    for head in scores.indices { scores[head][scores[head].count - 1] = min(top, newest) + 1 }
+    // The press writes the largest of the other scores plus one there.
+    let newest = scores.map { $0.dropLast().max() ?? 0 }.max().map { $0 + 1 } ?? 1
+    for head in scores.indices { scores[head][scores[head].count - 1] = newest }
     try run.expect("scores", scores.flatMap { $0 })
     try finish(run, cache, input)
   }
@@ -107,9 +108,8 @@ import Testing
     if input.hasAllQueries {
       _ = try cache.attend(input.queries)
     } else {
-      let sums = (0..<2).map { head in
-        (0..<input.tokens).map { input.columnSums[2 * head][$0] + input.columnSums[2 * head + 1][$0] }
-      }
+      var sums: [[Float]] = [input.columnSums[0], input.columnSums[2]]
+      for head in 0..<2 { for token in 0..<input.tokens { sums[head][token] += input.columnSums[2 * head + 1][token] } }
       try cache.observe(layer: 0, attention: sums)
     }
     try run.expect("scores", cache.scores().flatMap { $0 })
@@ -153,10 +153,12 @@ import Testing
         lengths.append(cache.rowsHeld(layer: 0, head: 0))
         let view = cache.view
         if pairs.isEmpty, lengths[step] <= 200 {
-          pairs = (0..<4).map { head in
-            (0..<view.rowCount(head: head)).map {
-              (view.observed(head: head, row: $0), view.observed(head: head, row: $0, column: 1))
-            }.sorted { $0 < $1 }
+          for head in 0..<4 {
+            var own: [(Float, Float)] = []
+            for row in 0..<view.rowCount(head: head) {
+              own.append((view.observed(head: head, row: row), view.observed(head: head, row: row, column: 1)))
+            }
+            pairs.append(own.sorted { $0 < $1 })
           }
         }
       }
@@ -164,15 +166,16 @@ import Testing
     }
     let (whole, _, _) = try decode(.unlimited)
     for (column, output) in ["lastActive", "maxInterval"].enumerated() {
-      try run.expect(
-        output,
-        (0..<4).flatMap { head in
-          (0..<300).map { whole.view.observed(head: head, row: $0, column: column) }
-        })
+      let view = whole.view
+      var numbers: [Float] = []
+      for head in 0..<4 { for row in 0..<300 { numbers.append(view.observed(head: head, row: row, column: column)) } }
+      try run.expect(output, numbers)
     }
     let (_, lengths, pairs) = try decode(.tokens(run.entry.int("capacity")))
     try run.expect("lengths", lengths.map { Double($0) })
-    try run.expect("firstEvictionPairs", pairs.flatMap { $0.flatMap { [$0.0, $0.1] } })
+    var flat: [Float] = []
+    for own in pairs { for pair in own { flat += [pair.0, pair.1] } }
+    try run.expect("firstEvictionPairs", flat)
     run.finish()
   }
 }

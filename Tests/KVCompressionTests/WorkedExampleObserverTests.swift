@@ -66,7 +66,8 @@ import Testing
     var planned = selection
     planned.router = PlannedRouter(router: try #require(selection.router as? TopKRouter))
     let caches = [
-      try cache(selection, heads: heads), try cache(planned, heads: heads), try cache(selection, heads: heads, store: lists),
+      try cache(selection, heads: heads), try cache(planned, heads: heads),
+      try cache(selection, heads: heads, store: lists),
     ]
     #expect(caches[0].inPlace != nil && caches[1].inPlace == nil)
     var random = SeededGenerator(seed: 7)

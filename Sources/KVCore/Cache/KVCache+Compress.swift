@@ -56,6 +56,9 @@ extension KVCache {
     try settle(state)
     state.phase = .decode
     state.decodedSinceCompression = 0
+    state.settledTokens = state.seen
+    // Weights that the observer would not have looked at are not missing.
+    if observer?.observedQueries(prompt: true) == 0 { state.observedTokens = state.seen }
     // What only the prompt needed is freed.
     if !queriesWhileDecoding { state.queryWindow = nil }
     if policy.schedule.decodeInterval == nil {

@@ -68,7 +68,7 @@ extension KVCache {
     }
     let inputs = inputs ?? header.inputs
     try check(policy, shape: shape, inputs: inputs)
-    for tier in policy.tiers { try tier.factory.validate(backend: backend.operations) }
+    try KVCache.check(policy, backend: backend.operations)
 
     let cached = shape.layers.filter(\.cached).count
     let groups = try LayerGroup.all(policy, shape: shape)

@@ -58,7 +58,7 @@ public final class KVCache {
     try shape.validate()
     try attention.validate()
     try KVCache.check(policy, shape: shape, inputs: inputs)
-    for tier in policy.tiers { try tier.factory.validate(backend: backend.operations) }
+    try KVCache.check(policy, backend: backend.operations)
     groups = try LayerGroup.all(policy, shape: shape)
     self.shape = shape
     self.policy = policy
@@ -98,6 +98,12 @@ public final class KVCache {
     inPlace = InPlaceEviction(policy)
     cachedLayers = shape.layers.count(where: \.cached)
     engineInputs = inputs
+  }
+
+  /// Refuses what the backend cannot do for the policy.
+  package static func check(_ policy: any CompressionPolicy, backend: any ComputeBackend) throws(KVError) {
+    for tier in policy.tiers { try tier.factory.validate(backend: backend) }
+    if let observer = policy.inputs.observer { try backend.require(observer) }
   }
 
   package static func check(

@@ -33,6 +33,10 @@ package struct Column<Element: BitwiseCopyable> {
     return capacity == 0 ? needed : Swift.max(needed, capacity + Swift.max(64, capacity / 8))
   }
 
+  /// The most slots of memory that a column of `count` slots is left with: what growth gives, and as much again for slots
+  /// that were dropped and compacted. More is what a cut left, and not worth keeping.
+  package static func roomiest(_ count: Int) -> Int { count + Swift.max(128, count / 4) }
+
   /// Makes room for `adding` more slots in memory that nobody else writes.
   package mutating func reserve(_ adding: Int, backend: any ComputeBackend) throws(KVError) {
     let wanted = Column.grown(capacity: capacity, count: count, adding: adding)
@@ -151,8 +155,9 @@ package struct PositionColumn {
   package mutating func reserve(next: Int, adding: Int, backend: any ComputeBackend) throws(KVError) {
     if explicit == nil, count == 0 || first + count == next { return }
     if explicit == nil {
+      // As much room as positions that were written down before would have grown to.
       var column = Column<Int32>()
-      try column.reserve(count + adding, backend: backend)
+      try column.reserve(Column<Int32>.grown(capacity: count, count: count, adding: adding), backend: backend)
       for i in 0..<count { column.append(Int32(first + i)) }
       explicit = column
     } else {

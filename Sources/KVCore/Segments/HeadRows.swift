@@ -131,7 +131,11 @@ package struct HeadRows {
   /// - Returns: false when that is not so; nothing has changed.
   package mutating func compactInPlace(backend: any ComputeBackend) throws(KVError) -> Bool {
     guard dead > 0, bias != nil, positions.isAscending, keys.movesInPlace(backend),
-      values.movesInPlace(backend) else { return false }
+      values.movesInPlace(backend)
+    else { return false }
+    // Memory much larger than what is left is better given back.
+    for capacity in [bias!.capacity, observed?.capacity ?? 0, positions.explicit?.capacity ?? 0]
+    where capacity > Column<Float>.roomiest(live) { return false }
     try bias!.makeUnique(backend: backend)
     guard let marks = bias!.base.map({ UnsafePointer($0) }) else { return false }
     try observed?.makeUnique(backend: backend)

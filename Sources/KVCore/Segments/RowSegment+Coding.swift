@@ -83,9 +83,6 @@ extension HeadRows {
 // MARK: - Columns
 
 extension Column where Element: StoredNumber {
-  /// The most slots that growth gives room for: more is what a cut left, and not worth keeping.
-  private static func roomiest(_ count: Int) -> Int { count + Swift.max(64, count / 8) }
-
   fileprivate func encode(to writer: inout ByteWriter) {
     writer.count(Swift.min(capacity, Column.roomiest(count)))
     guard let base else { return }

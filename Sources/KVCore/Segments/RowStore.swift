@@ -421,7 +421,8 @@ package struct RowStore {
         let taken = min(left, extents[to.extent].rows - to.row)
         if moving {
           backend.moveRows(
-            RunSlice(run: extents[from.extent].run(dim: dim), first: extents[from.extent].first + from.row, count: taken),
+            RunSlice(
+              run: extents[from.extent].run(dim: dim), first: extents[from.extent].first + from.row, count: taken),
             to: extents[to.extent].run(dim: dim), row: extents[to.extent].first + to.row)
         }
         to.row += taken

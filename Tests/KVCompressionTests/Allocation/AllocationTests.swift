@@ -23,7 +23,9 @@ import Testing
     let row = [Float](repeating: 0.125, count: kvHeads * dim)
     var output = queries
     // Past the first tokens, which open new extents, and the first time gaps are closed.
-    for _ in 0..<(text.hasPrefix("snapkv") || !text.contains("budget") ? 4 : 80) { try step(cache, row, row, queries, &output, tokens: 1, queryHeads, kvHeads, dim) }
+    for _ in 0..<(text.hasPrefix("snapkv") || !text.contains("budget") ? 4 : 80) {
+      try step(cache, row, row, queries, &output, tokens: 1, queryHeads, kvHeads, dim)
+    }
     let before = allocation_counter_value()
     for _ in 0..<40 { try step(cache, row, row, queries, &output, tokens: 1, queryHeads, kvHeads, dim) }
     let made = allocation_counter_value() - before
