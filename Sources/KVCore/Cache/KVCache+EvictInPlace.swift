@@ -35,10 +35,10 @@ extension KVCache {
       if over > KVCache.fewRows { return false }
       excess = max(excess, over)
     }
-    state.chosenTokens = state.seen
     if inPlace.scorer.sharedByHeads, !headsAreAlike(segment) { return false }
     if excess <= 0 {
       state.outcome = .withinBudget(rows: before)
+      state.chosenTokens = state.seen
       return true
     }
     try checkObserved(state)
@@ -61,6 +61,7 @@ extension KVCache {
       throw error.at(layer: state.layer)
     }
     state.frozenBelow = state.seen
+    state.chosenTokens = state.seen
     var after = 0
     for head in 0..<heads { after = max(after, segment.liveCount(head: head)) }
     state.outcome = .compressed(before: before, after: after, at: state.seen)
