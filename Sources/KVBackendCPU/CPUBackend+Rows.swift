@@ -268,6 +268,9 @@ extension CPUBackend {
       kernels.pointee.encode_channel!(
         rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
         data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)
+    case .codes:
+      ckv_encode_codes(
+        rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.bits), data.assumingMemoryBound(to: UInt32.self))
     case .affinePerToken:
       kernels.pointee.encode_row!(
         rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,

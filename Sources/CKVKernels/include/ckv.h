@@ -46,7 +46,7 @@ enum {
 
     /* Codes without metadata, laid out as CKV_AFFINE_ROW: value = code. Only behind a `ckv_map` that gives them their
      * scale; the functions ckv_mapped_... take such runs, the kernels of a level do not. */
-    CKV_CODES_ROW = 3,
+    CKV_CODES_ROW = 7,
 };
 
 /* Measures of two rows: x.y, the cosine, |x - y|^2, |x + y|^2. */

@@ -4,6 +4,7 @@ extension KVCache {
   /// - Throws: `missingInput` when a declared input did not arrive; the cache is unchanged then.
   public func finishPrefill() throws(KVError) {
     let waiting = layers.filter { $0.shape.cached && $0.phase == .prefill }
+    for state in waiting { try calibrate(state) }
     try compress(waiting, when: policy.schedule.afterPrefill)
     for state in waiting {
       try enterDecode(state)
@@ -22,6 +23,7 @@ extension KVCache {
       throw KVError(
         .unsupported, "\(policy.spec) shares its budget between layers: call finishPrefill()", layer: layer)
     }
+    try calibrate(state)
     try compress([state], when: policy.schedule.afterPrefill)
     try enterDecode(state)
     try join(groupsOf: state)
@@ -52,8 +54,20 @@ extension KVCache {
     try compress(layers.filter { $0.shape.cached }, when: true, room: tokens, asked: true)
   }
 
+  /// Formats whose numbers come from a whole prompt get them from its first one, before rows go to other tiers.
+  private func calibrate(_ state: LayerState) throws(KVError) {
+    do throws(KVError) {
+      for segment in state.segments where try segment.calibrate(over: state.segments, queries: nil) {
+        // What later tokens told cannot be untold.
+        state.frozenBelow = state.seen
+      }
+    } catch {
+      throw error.at(layer: state.layer)
+    }
+  }
+
   private func enterDecode(_ state: LayerState) throws(KVError) {
-    try settle(state)
+    try settle(state, batchEnds: true)
     state.phase = .decode
     state.decodedSinceCompression = 0
     state.settledTokens = state.seen
@@ -82,22 +96,27 @@ extension KVCache {
         try settle(state)
       }
     case .decode:
+      var chosen = false
       if let interval = policy.schedule.decodeInterval {
         state.decodedSinceCompression += fresh
         if state.decodedSinceCompression >= interval {
           if try !evictInPlace(state) { try compress([state], when: true) }
           state.decodedSinceCompression = 0
+          chosen = true
         }
       }
-      try settle(state)
+      try settle(state, batchEnds: chosen)
       try join(groupsOf: state)
     }
     debugCheck(state)
   }
 
-  private func settle(_ state: LayerState) throws(KVError) {
+  /// - Parameter batchEnds: the prompt is complete, or the policy has just chosen.
+  private func settle(_ state: LayerState, batchEnds: Bool = false) throws(KVError) {
     do throws(KVError) {
-      for segment in state.segments { try segment.settle() }
+      for segment in state.segments {
+        if batchEnds { try segment.settleBatch() } else { try segment.settle() }
+      }
     } catch {
       throw error.at(layer: state.layer)
     }

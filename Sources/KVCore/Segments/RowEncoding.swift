@@ -5,7 +5,11 @@
 /// (primitive P1 of KIVI, GEAR, ZipCache and MiKV).
 public struct RowEncoding: Hashable, Sendable {
   /// Numbers shared with the kernels and the saved-cache format.
-  package enum Kind: UInt8, Sendable { case dense = 0, affinePerChannel = 1, affinePerToken = 2 }
+  package enum Kind: UInt8, Sendable {
+    case dense = 0, affinePerChannel = 1, affinePerToken = 2
+    /// 3 to 6 are scaled integers, floats and ggml's blocks.
+    case codes = 7
+  }
 
   package let kind: Kind
   /// Dense: type of the elements. Affine: type of scales and minima.
@@ -54,6 +58,13 @@ public struct RowEncoding: Hashable, Sendable {
     return RowEncoding(kind: .affinePerToken, type: metadata, bits: bits, group: group)
   }
 
+  /// Codes alone: their scale and minimum, in `metadata`, belong to the channels and to all rows that were encoded
+  /// together.
+  package static func codes(bits: Int, metadata: ElementType) throws(KVError) -> RowEncoding {
+    try check(bits: bits)
+    return RowEncoding(kind: .codes, type: metadata, bits: bits, group: 1)
+  }
+
   private static func check(bits: Int) throws(KVError) {
     guard [2, 3, 4, 8].contains(bits) else {
       throw KVError(.invalidOption, "affine codes have 2, 3, 4 or 8 bits; got \(bits)")
@@ -68,6 +79,7 @@ public struct RowEncoding: Hashable, Sendable {
     case .dense: made = group == 1 && bits == type.byteCount * 8 ? .dense(type) : nil
     case .affinePerChannel: made = try? .affinePerChannel(bits: bits, group: group, metadata: type)
     case .affinePerToken: made = try? .affinePerToken(bits: bits, group: group, metadata: type)
+    case .codes: made = group == 1 ? try? .codes(bits: bits, metadata: type) : nil
     }
     guard let made else { return nil }
     self = made
@@ -81,14 +93,14 @@ public struct RowEncoding: Hashable, Sendable {
     switch kind {
     case .dense: rows * dim * type.byteCount
     case .affinePerChannel: rows * dim * bits / 8
-    case .affinePerToken: rows * RowEncoding.wordsPerRow(dim: dim, bits: bits) * 4
+    case .affinePerToken, .codes: rows * RowEncoding.wordsPerRow(dim: dim, bits: bits) * 4
     }
   }
 
   /// Bytes of the scales of `rows` rows; the minima take as many.
   package func scaleBytes(rows: Int, dim: Int) -> Int {
     switch kind {
-    case .dense: 0
+    case .dense, .codes: 0
     case .affinePerChannel: rows / group * dim * type.byteCount
     case .affinePerToken: rows * ((dim + group - 1) / group) * type.byteCount
     }
@@ -111,6 +123,7 @@ extension RowEncoding: CustomStringConvertible {
     switch kind {
     case .dense: type.name
     case .affinePerChannel: "affine \(bits)-bit per channel, \(group) tokens, \(type.name) scale and min"
+    case .codes: "\(bits)-bit codes with a \(type.name) scale and min per channel"
     case .affinePerToken: "affine \(bits)-bit per token, \(group) channels, \(type.name) scale and min"
     }
   }

@@ -181,21 +181,59 @@ package final class RowSegment: Segment {
 
   // MARK: Removing
 
-  package func settle() throws(KVError) {
+  package func settle() throws(KVError) { try settle(batchEnds: false) }
+
+  package func settleBatch() throws(KVError) { try settle(batchEnds: true) }
+
+  private func settle(batchEnds: Bool) throws(KVError) {
     for head in heads.indices {
-      if flushIsDue(head), tailHasDead(head) {
+      if flushIsDue(head, batchEnds: batchEnds), tailHasDead(head) {
         heads[head] = try heads[head].reclaimed(backend: backend)
       }
-      try heads[head].keys.encodeTail(
-        format.keys.rowsToFlush(tail: heads[head].keys.tailRows), backend: backend)
-      try heads[head].values.encodeTail(
-        format.values.rowsToFlush(tail: heads[head].values.tailRows), backend: backend)
+      try flush(head, \.keys, batchEnds: batchEnds)
+      try flush(head, \.values, batchEnds: batchEnds)
     }
   }
 
-  private func flushIsDue(_ head: Int) -> Bool {
-    format.keys.rowsToFlush(tail: heads[head].keys.tailRows) > 0
-      || format.values.rowsToFlush(tail: heads[head].values.tailRows) > 0
+  /// Encodes what is due, one batch at a time: numbers per channel never depend on how many tokens came at once.
+  private func flush(
+    _ head: Int, _ side: WritableKeyPath<HeadRows, RowStore>, batchEnds: Bool
+  ) throws(KVError) {
+    var due = rowsToFlush(heads[head][keyPath: side], batchEnds)
+    while due > 0 {
+      let count = batchEnds ? due : min(due, heads[head][keyPath: side].format.batch)
+      try heads[head][keyPath: side].encodeTail(count, backend: backend)
+      due -= count
+    }
+  }
+
+  private func rowsToFlush(_ store: RowStore, _ batchEnds: Bool) -> Int {
+    store.format.rowsToFlush(tail: store.tailRows, dim: store.dim, batchEnds: batchEnds)
+  }
+
+  private func flushIsDue(_ head: Int, batchEnds: Bool) -> Bool {
+    rowsToFlush(heads[head].keys, batchEnds) > 0 || rowsToFlush(heads[head].values, batchEnds) > 0
+  }
+
+  package func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool {
+    guard format.keys.map.scaling.isShared || format.values.map.scaling.isShared else { return false }
+    var changed = false
+    for head in heads.indices where heads[head].keys.isUncalibrated || heads[head].values.isUncalibrated {
+      var keys: [RunSlice] = []
+      var values: [RunSlice] = []
+      for segment in segments {
+        var live: ContiguousArray<Int32> = []
+        segment.appendLiveSlots(head: head, to: &live)
+        let slices = segment.slices(head: head, slots: live.map { Int($0) })
+        keys += slices.keys
+        values += slices.values
+      }
+      if keys.isEmpty { continue }
+      try heads[head].keys.calibrate(over: keys, queries: queries?[head], backend: backend)
+      try heads[head].values.calibrate(over: values, queries: nil, backend: backend)
+      changed = true
+    }
+    return changed
   }
 
   /// A dead row must not enter a group: it would stretch the range of the rows that live.

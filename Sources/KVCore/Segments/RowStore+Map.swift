@@ -37,12 +37,23 @@ extension RowStore {
     return map
   }
 
-  /// Takes the numbers of all rows to come from the whole prompt, when they are not known yet. The ranges are of rows of
-  /// the model behind the fixed map.
+  var isUncalibrated: Bool { format.map.scaling.isShared && sharedMap == nil }
+
+  /// Takes the numbers of all rows to come from these, when they are not known yet.
   mutating func calibrate(
-    low: [Float], high: [Float], queries: [Float]?, backend: any ComputeBackend
+    over rows: [RunSlice], queries: [Float]?, backend: any ComputeBackend
   ) throws(KVError) {
-    guard format.map.scaling.isShared, sharedMap == nil, let encoding = format.body else { return }
+    guard isUncalibrated, let encoding = format.body, let fixedMap else { return }
+    var low = [Float](repeating: .infinity, count: dim)
+    var high = [Float](repeating: -.infinity, count: dim)
+    rows.withUnsafeBufferPointer { rows in
+      low.withUnsafeMutableBufferPointer { low in
+        high.withUnsafeMutableBufferPointer { high in
+          guard let low = low.baseAddress, let high = high.baseAddress else { return }
+          backend.channelRange(rows, map: fixedMap.descriptor, low: low, high: high)
+        }
+      }
+    }
     sharedMap = try makeMap(low: low, high: high, queries: queries, encoding, backend: backend)
   }
 

@@ -185,7 +185,9 @@ package struct RowStore {
     while left > 0 {
       let taken = min(left, max(RowStore.extentRows(encoding, dim: dim) / unit, 1) * unit)
       // Rows that arrive one by one get room for the next ones; units arrive whole.
-      let capacity = unit == 1 ? max(taken, format.growth) : taken
+      // Later rows of a batch format that finds new numbers never join these.
+      let isFinal = unit > 1 || (format.map.scaling != .none && !format.map.scaling.isShared)
+      let capacity = isFinal ? taken : max(taken, format.growth)
       fresh.append(try Extent(encoding: encoding, capacity: capacity, dim: dim, map: map, backend: backend))
       left -= taken
     }

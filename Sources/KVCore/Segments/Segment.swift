@@ -22,6 +22,14 @@ package protocol Segment: AnyObject {
   /// Moves rows to where the representation wants them (out of the dense window, say).
   func settle() throws(KVError)
 
+  /// The same when a prompt is complete or the policy has chosen: rows that wait for others to be encoded with have all
+  /// they will get.
+  func settleBatch() throws(KVError)
+
+  /// Takes what the formats need to know of a whole prompt (numbers per channel) from the rows of all tiers, unless it is
+  /// known. Whether something was taken.
+  func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool
+
   /// Makes sure that `drop` of these slots cannot fail.
   func prepareDrop(_ slots: [[Int]]) throws(KVError)
   /// Marks slots dead, in any order.
@@ -155,6 +163,11 @@ package protocol SegmentFactory: Sendable {
   func decodeSegment(
     from reader: inout ByteReader, layer: LayerShape, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) -> any Segment
+}
+
+extension Segment {
+  package func settleBatch() throws(KVError) { try settle() }
+  package func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool { false }
 }
 
 extension SegmentFactory {

@@ -9,6 +9,8 @@ public struct SideFormat: Hashable, Sendable {
     case blocks(Int)
     /// Everything but the newest rows, row by row (KIVI values).
     case keepingNewest(Int)
+    /// All rows of a prompt, or that a policy leaves at once; of those that arrive later whole blocks of this many.
+    case batches(Int)
   }
 
   package let window: ElementType
@@ -89,6 +91,30 @@ public struct SideFormat: Hashable, Sendable {
   /// What rows of `dim` channels must be for this format.
   package func validate(dim: Int) throws(KVError) { try map.rotation?.validate(dim: dim) }
 
+  /// All rows of a prompt encoded at once; later ones dense until `count` are complete, or until the policy chooses.
+  ///
+  /// A batch that would take more memory encoded than dense waits for more rows.
+  ///
+  /// - Throws: `invalidOption` when the encoding needs a number of rows of its own, or `count` is not positive.
+  public static func batches(
+    of count: Int, window: ElementType, body: RowEncoding
+  ) throws(KVError) -> SideFormat {
+    guard count > 0, body.rowsPerUnit == 1, body.kind != .dense else {
+      throw KVError(
+        .invalidOption, "batches need a positive count and an encoding of single rows; got \(count) and \(body)")
+    }
+    return SideFormat(window: window, body: body, flush: .batches(count))
+  }
+
+  /// Batches with one scale and minimum per channel over all rows of the batch.
+  ///
+  /// - Throws: `invalidOption` unless bits is 2, 3, 4 or 8 and `batch` positive.
+  public static func channelCodes(
+    bits: Int, batch: Int, window: ElementType, metadata: ElementType = .f16
+  ) throws(KVError) -> SideFormat {
+    try .batches(of: batch, window: window, body: .codes(bits: bits, metadata: metadata)).scaled(.range)
+  }
+
   /// The smallest range among everything that will hold a row: f16 minima overflow as f16 rows do, and a rotation can
   /// gather a row in one channel.
   package func range(dim: Int) -> ElementRange {
@@ -102,18 +128,35 @@ public struct SideFormat: Hashable, Sendable {
   /// Rows of room a new tail extent has at least, so that single appends do not allocate each time.
   package var growth: Int {
     switch flush {
-    case .blocks(let count): count
+    case .blocks(let count), .batches(let count): count
     default: 64
     }
   }
 
+  /// Rows whose numbers per channel are found together.
+  package var batch: Int {
+    if case .batches(let count) = flush { count } else { Int.max }
+  }
+
   /// Tail rows to encode when `tail` rows are dense.
-  package func rowsToFlush(tail: Int) -> Int {
+  ///
+  /// - Parameter batchEnds: no more rows belong together with those there are.
+  package func rowsToFlush(tail: Int, dim: Int, batchEnds: Bool) -> Int {
     switch flush {
     case .never: 0
+    case .batches(let count):
+      batchEnds && encodedBatchBytes(rows: tail, dim: dim) < tail * dim * window.byteCount
+        ? tail : tail / count * count
     case .blocks(let count): tail / count * count
     case .keepingNewest(let count): max(0, tail - count)
     }
+  }
+
+  /// Bytes of the numbers per channel that one map has.
+  private func numberBytes(dim: Int) -> Int { map.scaling.numbers * dim * (body?.type.byteCount ?? 0) }
+
+  private func encodedBatchBytes(rows: Int, dim: Int) -> Int {
+    (body?.bytes(rows: rows, dim: dim) ?? 0) + numberBytes(dim: dim)
   }
 
   /// Dense rows that take no more memory than one unit of the body: a unit with fewer live rows is not worth keeping.
@@ -127,7 +170,7 @@ public struct SideFormat: Hashable, Sendable {
   package func tailCapacity(rows: Int) -> Int {
     switch flush {
     case .never: max(rows, growth) + growth
-    case .blocks: rows + growth
+    case .blocks, .batches: rows + growth
     case .keepingNewest: max(2 * rows, rows + 2 * growth)
     }
   }
@@ -137,12 +180,15 @@ public struct SideFormat: Hashable, Sendable {
     let tail: Int
     switch flush {
     case .never: tail = rows
-    case .blocks(let count): tail = min(rows, count)
+    case .blocks(let count), .batches(let count): tail = min(rows, count)
     case .keepingNewest(let count): tail = min(rows, count + 1)
     }
     let dense = RowEncoding.dense(window).bytes(rows: tailCapacity(rows: tail), dim: dim)
     guard let body else { return dense }
     let unit = body.rowsPerUnit
+    var maps = 1
+    if case .batches(let count) = flush, !map.scaling.isShared { maps = rows / count + 1 }
     return dense + body.bytes(rows: (rows - tail + unit - 1) / unit * unit + (unit == 1 ? growth : 0), dim: dim)
+      + maps * numberBytes(dim: dim)
   }
 }

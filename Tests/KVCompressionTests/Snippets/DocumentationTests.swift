@@ -85,8 +85,9 @@ import Testing
   /// The worked numbers of the method pages: one layer of 8 KV heads with 128 channels, a prompt of 4096 tokens.
   @Test(arguments: [
     ("f16", 16_777_216), ("streaming(recent=1020,positions=keep)", 4_227_072), ("h2o(budget=1024)", 4_259_840),
-    ("snapkv(budget=1024)", 4_227_072), ("kivi", 3_358_720), ("snapkv(budget=1024)+kivi", 1_032_192),
-    ("h2o(budget=1024)+kivi", 1_064_960), ("tiers(shares=[0.25,0.75])+f32+f16", 20_971_520),
+    ("snapkv(budget=1024)", 4_227_072), ("kivi", 3_358_720), ("cst", 4_331_520),
+    ("snapkv(budget=1024)+kivi", 1_032_192), ("h2o(budget=1024)+kivi", 1_064_960),
+    ("tiers(shares=[0.25,0.75])+f32+f16", 20_971_520),
   ])
   func workedBytes(text: String, bytes: Int) throws {
     let layer = ModelShape(layerCount: 1, queryHeads: 32, kvHeads: 8, headDim: 128)

@@ -146,13 +146,14 @@ struct AdaptiveHeads: Allocator {
     let h2o = Policy(try .h2o(budget: .fraction(0.2), recentShare: 0.5, every: 1), store: .dense(.f16))
     let snapKV = Policy(try .snapKV(budget: .tokens(1024), window: 32, kernel: 7, pooling: .max), store: .dense(.f16))
     let kivi = Policy(store: try .kivi(keyBits: 4, valueBits: 2))
+    let cst = Policy(store: try .cst(keyBits: 4, valueBits: 2))
     let rotated = Policy(store: try .kivi().rotated(keys: nil, values: .signs(seed: 7)))
     let both = Policy(try .snapKV(budget: .fraction(0.25)), store: try .kivi(keyBits: 2))
     let mixed = Policy(
       try .h2o(budget: .fraction(1)).tiers(shares: TierShares([0.1, 0.3, 0.6])),
       tiers: [.dense(.f16), try .kivi(keyBits: 4), try .kivi(keyBits: 2)])
 
-    for policy in [dense, streaming, h2o, snapKV, kivi, rotated, both, mixed] {
+    for policy in [dense, streaming, h2o, snapKV, kivi, cst, rotated, both, mixed] {
       #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
     }
   }
