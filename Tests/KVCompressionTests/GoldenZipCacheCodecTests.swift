@@ -116,7 +116,7 @@ import Testing
       let scaled = RowSegment(
         restoring: [head], layer: flatShape.layers[0], format: RowFormat(keys: format, values: format),
         backend: backend)
-      try scaled.settleBatch()
+      try scaled.settleBatch(interval: nil)
       #expect(scaled.heads[0].values.tailRows == 0)
       var restored = [Float](repeating: 0, count: mixedRows.elements.count)
       restored.withUnsafeMutableBufferPointer { buffer in

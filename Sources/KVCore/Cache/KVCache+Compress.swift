@@ -67,7 +67,7 @@ extension KVCache {
   }
 
   private func enterDecode(_ state: LayerState) throws(KVError) {
-    try settle(state, batchEnds: true)
+    try settle(state, .prompt)
     state.phase = .decode
     state.decodedSinceCompression = 0
     state.settledTokens = state.seen
@@ -96,26 +96,39 @@ extension KVCache {
         try settle(state)
       }
     case .decode:
-      var chosen = false
+      var batch = Batch.open
       if let interval = policy.schedule.decodeInterval {
         state.decodedSinceCompression += fresh
         if state.decodedSinceCompression >= interval {
           if try !evictInPlace(state) { try compress([state], when: true) }
           state.decodedSinceCompression = 0
-          chosen = true
+          batch = .every(interval)
         }
       }
-      try settle(state, batchEnds: chosen)
+      try settle(state, batch)
       try join(groupsOf: state)
     }
     debugCheck(state)
   }
 
-  /// - Parameter batchEnds: the prompt is complete, or the policy has just chosen.
-  private func settle(_ state: LayerState, batchEnds: Bool = false) throws(KVError) {
+  /// What is known of rows that wait for others to be encoded with.
+  private enum Batch {
+    /// More may come.
+    case open
+    /// The prompt is complete.
+    case prompt
+    /// The policy has just chosen, as after every so many tokens.
+    case every(Int)
+  }
+
+  private func settle(_ state: LayerState, _ batch: Batch = .open) throws(KVError) {
     do throws(KVError) {
       for segment in state.segments {
-        if batchEnds { try segment.settleBatch() } else { try segment.settle() }
+        switch batch {
+        case .open: try segment.settle()
+        case .prompt: try segment.settleBatch(interval: nil)
+        case .every(let interval): try segment.settleBatch(interval: interval)
+        }
       }
     } catch {
       throw error.at(layer: state.layer)

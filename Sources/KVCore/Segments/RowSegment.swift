@@ -181,17 +181,21 @@ package final class RowSegment: Segment {
 
   // MARK: Removing
 
-  package func settle() throws(KVError) { try settle(batchEnds: false) }
+  package func settle() throws(KVError) { try settle(keysEnd: false, valuesEnd: false) }
 
-  package func settleBatch() throws(KVError) { try settle(batchEnds: true) }
+  package func settleBatch(interval: Int?) throws(KVError) {
+    // A policy that chooses more often than a batch is complete does not end one.
+    let tokens = interval ?? .max
+    try settle(keysEnd: format.keys.batch <= tokens, valuesEnd: format.values.batch <= tokens)
+  }
 
-  private func settle(batchEnds: Bool) throws(KVError) {
+  /// - Parameters: whether the batch of a side has all rows it will get.
+  private func settle(keysEnd: Bool, valuesEnd: Bool) throws(KVError) {
     for head in heads.indices {
-      if flushIsDue(head, batchEnds: batchEnds), tailHasDead(head) {
-        heads[head] = try heads[head].reclaimed(backend: backend)
-      }
-      try flush(head, \.keys, batchEnds: batchEnds)
-      try flush(head, \.values, batchEnds: batchEnds)
+      let due = rowsToFlush(heads[head].keys, keysEnd) + rowsToFlush(heads[head].values, valuesEnd)
+      if due > 0, tailHasDead(head) { heads[head] = try heads[head].reclaimed(backend: backend) }
+      try flush(head, \.keys, batchEnds: keysEnd)
+      try flush(head, \.values, batchEnds: valuesEnd)
     }
   }
 
@@ -209,10 +213,6 @@ package final class RowSegment: Segment {
 
   private func rowsToFlush(_ store: RowStore, _ batchEnds: Bool) -> Int {
     store.format.rowsToFlush(tail: store.tailRows, dim: store.dim, batchEnds: batchEnds)
-  }
-
-  private func flushIsDue(_ head: Int, batchEnds: Bool) -> Bool {
-    rowsToFlush(heads[head].keys, batchEnds) > 0 || rowsToFlush(heads[head].values, batchEnds) > 0
   }
 
   package func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool {

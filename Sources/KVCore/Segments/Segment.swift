@@ -24,7 +24,9 @@ package protocol Segment: AnyObject {
 
   /// The same when a prompt is complete or the policy has chosen: rows that wait for others to be encoded with have all
   /// they will get.
-  func settleBatch() throws(KVError)
+  ///
+  /// - Parameter interval: tokens between two choices of the policy; nil: the prompt is complete.
+  func settleBatch(interval: Int?) throws(KVError)
 
   /// Takes what the formats need to know of a whole prompt (numbers per channel) from the rows of all tiers, unless it is
   /// known. Whether something was taken.
@@ -166,7 +168,7 @@ package protocol SegmentFactory: Sendable {
 }
 
 extension Segment {
-  package func settleBatch() throws(KVError) { try settle() }
+  package func settleBatch(interval: Int?) throws(KVError) { try settle() }
   package func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool { false }
 }
 
