@@ -48,6 +48,7 @@ extension KVCache {
       try append(layer: state.layer, keys: keys, values: values)
       if observesAttention(state) { state.observedTokens = state.seen }
       if capturesQueries(state) { try capture(queries, state) }
+      try notePeaks(of: queries, state)
       try maintain(state)
     }
   }

@@ -163,7 +163,17 @@ extension KVCache {
       state.frozenBelow = state.seen
     }
     if capturesQueries(state) { try capture(queries, state) }
+    try notePeaks(of: queries, state)
     try maintain(state)
+  }
+
+  /// Remembers how large the prompt's queries were, where a store wants to know.
+  package func notePeaks(of queries: borrowing TensorView, _ state: LayerState) throws(KVError) {
+    guard state.phase == .prefill, state.segments.contains(where: \.wantsQueries) else { return }
+    if state.queryPeaks == nil {
+      state.queryPeaks = try QueryPeaks(state.shape, backend: backend.operations)
+    }
+    try state.queryPeaks!.add(queries, backend: backend.operations)
   }
 
   package func capture(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {

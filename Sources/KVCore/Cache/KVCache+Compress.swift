@@ -56,8 +56,16 @@ extension KVCache {
 
   /// Formats whose numbers come from a whole prompt get them from its first one, before rows go to other tiers.
   private func calibrate(_ state: LayerState) throws(KVError) {
+    let wanted = state.segments.contains(where: \.wantsQueries)
+    if wanted, state.seen > 0, state.queryPeaks == nil {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs the queries of the prompt, which were not observed. Attend through the cache, or call "
+          + "observe(layer:queries:)", layer: state.layer)
+    }
+    let peaks = wanted ? state.queryPeaks?.peaks : nil
     do throws(KVError) {
-      for segment in state.segments where try segment.calibrate(over: state.segments, queries: nil) {
+      for segment in state.segments where try segment.calibrate(over: state.segments, queries: peaks) {
         // What later tokens told cannot be untold.
         state.frozenBelow = state.seen
       }
@@ -68,6 +76,7 @@ extension KVCache {
 
   private func enterDecode(_ state: LayerState) throws(KVError) {
     try settle(state, .prompt)
+    state.queryPeaks = nil
     state.phase = .decode
     state.decodedSinceCompression = 0
     state.settledTokens = state.seen

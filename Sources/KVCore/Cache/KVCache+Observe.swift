@@ -7,6 +7,7 @@ extension KVCache {
     let state = try state(layer)
     try checkQueries(queries, state)
     if capturesQueries(state) { try capture(queries, state) }
+    try notePeaks(of: queries, state)
   }
 
   /// Reports attention weights to the policy, for engines with attention of their own.

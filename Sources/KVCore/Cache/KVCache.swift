@@ -136,6 +136,12 @@ public final class KVCache {
         "\(policy.spec) needs the queries of the last \(needed.windowQueries) tokens; the engine supplies none. "
           + "Attend through the cache, or pass inputs: .queries and call observe(layer:queries:) for every append")
     }
+    if policy.tiers.contains(where: \.factory.wantsQueries), !inputs.contains(.queries) {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs the queries of the prompt; the engine supplies none. Attend through the cache, or pass "
+          + "inputs: .queries and call observe(layer:queries:) for every append")
+    }
     if needed.attentionWeights, !inputs.contains(.attentionWeights) {
       throw KVError(
         .missingInput,

@@ -22,6 +22,8 @@ extension LayerState {
       }
     }
     writer.count(chosenTokens)
+    writer.bool(queryPeaks != nil)
+    queryPeaks?.encode(to: &writer)
   }
 
   /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
@@ -62,6 +64,9 @@ extension LayerState {
       allocation = EarlierAllocation(kept: kept, budget: budget, tokensSeen: tokens)
     }
     chosenTokens = try reader.count("the tokens of the last choice", in: 0...seen)
+    if try reader.bool("whether there are magnitudes of queries") {
+      queryPeaks = try QueryPeaks(from: &reader, seen: seen, shape: shape, backend: backend)
+    }
     try reader.finish()
 
     for (tier, store) in policy.tiers.enumerated() {

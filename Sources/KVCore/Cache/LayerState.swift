@@ -8,6 +8,8 @@ package final class LayerState {
   var segments: [any Segment]
   /// Queries of the newest tokens, while the policy needs them.
   var queryWindow: QueryWindow?
+  /// The largest magnitudes of the prompt's queries, while a segment waits for them.
+  var queryPeaks: QueryPeaks?
   /// Tokens up to which attention weights were observed.
   var observedTokens = 0
   var observedQueries = 0
@@ -43,6 +45,7 @@ package final class LayerState {
     phase = other.phase
     segments = other.segments.map { storage.fork($0) }
     queryWindow = other.queryWindow
+    queryPeaks = other.queryPeaks
     observedTokens = other.observedTokens
     observedQueries = other.observedQueries
     settledTokens = other.settledTokens
@@ -61,6 +64,7 @@ package final class LayerState {
   func tally(into tally: inout ByteTally) {
     for segment in segments { segment.tally(into: &tally) }
     if let buffer = queryWindow?.buffer { tally.add(buffer, kind: \.state) }
+    if let buffer = queryPeaks?.values.buffer { tally.add(buffer, kind: \.state) }
   }
 }
 

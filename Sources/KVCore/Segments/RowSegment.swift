@@ -215,6 +215,13 @@ package final class RowSegment: Segment {
     store.format.rowsToFlush(tail: store.tailRows, dim: store.dim, batchEnds: batchEnds)
   }
 
+  package var wantsQueries: Bool {
+    heads.contains {
+      $0.keys.format.map.scaling == .balanced && $0.keys.isUncalibrated
+        || $0.values.format.map.scaling == .balanced && $0.values.isUncalibrated
+    }
+  }
+
   package func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool {
     guard format.keys.map.scaling.isShared || format.values.map.scaling.isShared else { return false }
     var changed = false
@@ -230,7 +237,7 @@ package final class RowSegment: Segment {
       }
       if keys.isEmpty { continue }
       try heads[head].keys.calibrate(over: keys, queries: queries?[head], backend: backend)
-      try heads[head].values.calibrate(over: values, queries: nil, backend: backend)
+      try heads[head].values.calibrate(over: values, queries: queries?[head], backend: backend)
       changed = true
     }
     return changed
@@ -419,6 +426,12 @@ package struct RowFormat: SegmentFactory, Hashable {
     try backend.require(keys)
     try backend.require(values)
   }
+
+  package func balanced() throws(KVError) -> any SegmentFactory {
+    RowFormat(keys: try keys.scaled(.balanced), values: values)
+  }
+
+  package var wantsQueries: Bool { keys.map.scaling == .balanced || values.map.scaling == .balanced }
 
   package func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)

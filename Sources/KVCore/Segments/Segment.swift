@@ -30,7 +30,11 @@ package protocol Segment: AnyObject {
 
   /// Takes what the formats need to know of a whole prompt (numbers per channel) from the rows of all tiers, unless it is
   /// known. Whether something was taken.
+  ///
+  /// - Parameter queries: per KV head, the largest magnitude of every channel of the prompt's queries.
   func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool
+  /// Whether `calibrate` will want queries.
+  var wantsQueries: Bool { get }
 
   /// Makes sure that `drop` of these slots cannot fail.
   func prepareDrop(_ slots: [[Int]]) throws(KVError)
@@ -154,6 +158,12 @@ package protocol SegmentFactory: Sendable {
   ///
   /// - Throws: `invalidOption` where that side is not encoded, `unsupported` by representations that cannot rotate.
   func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory
+  /// The same representation of keys that were balanced against the queries.
+  ///
+  /// - Throws: `invalidOption` where keys are not encoded, `unsupported` by representations that cannot scale.
+  func balanced() throws(KVError) -> any SegmentFactory
+  /// Whether its segments want the prompt's queries.
+  var wantsQueries: Bool { get }
   /// Refuses backends without kernels for the representation.
   func validate(backend: any ComputeBackend) throws(KVError)
   /// The most bytes one KV head needs for this many rows, with positions, dead slots that wait to be reclaimed, and
@@ -170,6 +180,7 @@ package protocol SegmentFactory: Sendable {
 extension Segment {
   package func settleBatch(interval: Int?) throws(KVError) { try settle() }
   package func calibrate(over segments: [any Segment], queries: [[Float]]?) throws(KVError) -> Bool { false }
+  package var wantsQueries: Bool { false }
 }
 
 extension SegmentFactory {
@@ -178,6 +189,12 @@ extension SegmentFactory {
   package func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory {
     throw KVError(.unsupported, "this store does not hold rows that could be rotated")
   }
+
+  package func balanced() throws(KVError) -> any SegmentFactory {
+    throw KVError(.unsupported, "this store does not hold keys that could be balanced")
+  }
+
+  package var wantsQueries: Bool { false }
 }
 
 /// What holds the rows of each side.

@@ -80,6 +80,9 @@ public struct SideFormat: Hashable, Sendable {
     guard body != nil else {
       throw KVError(.invalidOption, "only rows that are encoded can be scaled; these stay \(window.name)")
     }
+    guard map.scaling == .none || map.scaling == scaling else {
+      throw KVError(.invalidOption, "these rows are scaled per channel already")
+    }
     guard scaling != .balanced || map.rotation == nil else {
       throw KVError(.invalidOption, "rows balanced against unrotated queries cannot be rotated")
     }

@@ -147,6 +147,12 @@ struct AdaptiveHeads: Allocator {
     let snapKV = Policy(try .snapKV(budget: .tokens(1024), window: 32, kernel: 7, pooling: .max), store: .dense(.f16))
     let kivi = Policy(store: try .kivi(keyBits: 4, valueBits: 2))
     let cst = Policy(store: try .cst(keyBits: 4, valueBits: 2))
+    let low = Store(
+      spec: StageSpec(name: "low"),
+      keys: try .newest(0, window: .f16, body: .affinePerToken(bits: 2, group: 64)),
+      values: try .newest(0, window: .f16, body: .affinePerToken(bits: 2, group: 64)))
+    let balanced = Policy(store: try low.balanced())
+    #expect(balanced.spec.description == "low+balanced")
     let rotated = Policy(store: try .kivi().rotated(keys: nil, values: .signs(seed: 7)))
     let both = Policy(try .snapKV(budget: .fraction(0.25)), store: try .kivi(keyBits: 2))
     let mixed = Policy(
