@@ -67,6 +67,7 @@ int run_check(const char *name) {
     check_vectors(p);
     check_coding(p);
     check_attention(p);
+    check_map(p);
     printf("level %s: %ld checks\n", level->name, passed + failed - before);
   }
 #if defined(__x86_64__)

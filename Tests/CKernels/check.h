@@ -24,6 +24,7 @@ size_t size_of(uint32_t type);
 void check_vectors(pair p);  /* softmax, exp_shift, axpy, scale, dot, convert, first_nonfinite, read_memory */
 void check_coding(pair p);   /* encode_channel, encode_row, decode */
 void check_attention(pair p); /* logits, accumulate */
+void check_map(pair p); /* hadamard, rows behind a map */
 void check_attention_affine(const ckv_kernels *k);
 
 #endif

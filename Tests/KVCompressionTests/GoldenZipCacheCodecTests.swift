@@ -107,7 +107,7 @@ import Testing
       try segment.append(
         keys: TensorView(mixedRows.elements.span, heads: 1, tokens: mixedRows.tokens, dim: mixedRows.dim),
         values: TensorView(mixedRows.elements.span, heads: 1, tokens: mixedRows.tokens, dim: mixedRows.dim),
-        firstPosition: 0, tracksScores: false)
+        firstPosition: 0, observed: [])
       let changed = try segment.calibrate(over: [whole.segment], queries: nil)
       #expect(changed)
       var head = segment.heads[0]
