@@ -144,7 +144,10 @@ CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t 
     __builtin_prefetch((const char *)from + AHEAD);
     x[w] = vi_load_n(from, n);
   }
-  if (bits == 3) nibbles_of_3(x[0], x[1], vi_load_n(top, n), x);
+  if (bits == 3) {
+    __builtin_prefetch((const char *)top + AHEAD);
+    nibbles_of_3(x[0], x[1], vi_load_n(top, n), x);
+  }
   if (bits == 2) {
     const __m512i pairs = _mm512_set1_epi8(0x33);
     x[3] = _mm512_and_si512(_mm512_srli_epi16(x[1], 2), pairs);

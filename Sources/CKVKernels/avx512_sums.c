@@ -230,12 +230,17 @@ CKV_INLINE void transpose_codes(const ckv_run *run, const uint32_t bits, const b
   const __mmask64 m1 = have >= 128 ? ~0ull : have > 64 ? (1ull << (have - 64)) - 1 : 0;
   const __mmask16 m_high = high_have >= 16 ? 0xffff : (__mmask16)((1u << high_have) - 1);
   const size_t row_bytes = (size_t)words * 4;
-  const size_t next_step = at->next_step;
-  const char *next = at->next;
+  const size_t next_step = at->next_step, meta_bytes = at->groups * ckv_size_of(run->dtype);
+  const char *next = at->next, *scale = (const char *)run->scale + (first + DISTANCE * TILE) * meta_bytes;
+  const char *min = (const char *)run->min + (first + DISTANCE * TILE) * meta_bytes;
   uint8_t *restrict to = at->codes;
   for (uint32_t i = 0; i < n; i += 4, rows += 4 * row_bytes, to += step, next += 2 * next_step) {
     __builtin_prefetch(next);
     __builtin_prefetch(next + next_step);
+    if (s == 0) {
+      __builtin_prefetch(scale + i * meta_bytes);
+      __builtin_prefetch(min + i * meta_bytes);
+    }
     row[0] = rows;
     if (i + 4 <= n) {
       row[1] = rows + row_bytes;
@@ -377,11 +382,6 @@ CKV_INLINE void spread(const ckv_run *run, const memory *at, const float *sums, 
 static void load_tile_meta(const ckv_run *run, uint32_t first, uint32_t n, const memory *at) {
   const void *scale = ckv_offset(run->scale, run->dtype, (size_t)first * at->groups);
   const void *min = ckv_offset(run->min, run->dtype, (size_t)first * at->groups);
-  const size_t bytes = (size_t)TILE * at->groups * ckv_size_of(run->dtype);
-  for (size_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch((const char *)scale + DISTANCE * bytes + i);
-    __builtin_prefetch((const char *)min + DISTANCE * bytes + i);
-  }
   if (run->dtype == CKV_F16) {
     load_meta(scale, CKV_F16, at->groups, n, at->scales);
     load_meta(min, CKV_F16, at->groups, n, at->mins);
