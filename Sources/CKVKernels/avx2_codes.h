@@ -19,6 +19,16 @@ enum {
 CKV_INLINE float v_inverse(float largest) { return largest < 1e-30f ? 0 : v_full_range / largest; }
 CKV_INLINE float v_factor(float largest) { return largest < 1e-30f ? 0 : largest * (1 / v_full_range); }
 
+/* The middle of the codes. Rounding errors of queries and weights meet code - middle, half as large as codes: the
+ * rest, middle times the sum of what was rounded, is added exactly. */
+CKV_INLINE float v_middle(uint32_t bits) { return (float)(1u << (bits - 1)); }
+
+CKV_INLINE float v_total(vi x) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return (float)(_mm_cvtsi128_si32(four) + _mm_extract_epi32(four, 1));
+}
+
 /* ---- keys ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -37,7 +47,8 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
   for (uint32_t j = 0; j < nq; j++) bias[j] = high[j] = vf_zero();
   for (uint32_t c = 0; c < dim; c += 8) {
     const uint32_t n = ckv_min_u32(8, dim - c);
-    const vf s = vf_load_as_n(scales + c * size, type, n), mn = vf_load_as_n(mins + c * size, type, n);
+    const vf s = vf_load_as_n(scales + c * size, type, n);
+    const vf mn = vf_fma(s, vf_set1(v_middle(run->bits)), vf_load_as_n(mins + c * size, type, n));
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
       vf y = n == 8 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);
@@ -46,10 +57,12 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
     }
   }
   float inverse[V_FOUR];
+  vi sum[V_FOUR];
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     float largest = vf_highest(high[j]);
     inverse[j] = v_inverse(largest);
+    sum[j] = vi_zero();
     group->factor[j] = scale * v_factor(largest);
     group->bias[j] = scale * vf_sum(bias[j]);
   }
@@ -61,8 +74,11 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
       vf y = n == 8 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);
       vi v = vi_round(y * s * vf_set1(inverse[j]));
       vi_store((uint32_t *)(folded + (c * V_FOUR + 8 * j) * 2), _mm256_packs_epi32(v, v));
+      sum[j] = _mm256_add_epi32(sum[j], v);
     }
   }
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++) group->bias[j] -= group->factor[j] * (v_middle(run->bits) * v_total(sum[j]));
 }
 
 /* A block of 32 rows as 16-bit codes: [set of 4 rows][8 channels][two rows][(row a, channels
@@ -258,8 +274,8 @@ CKV_INLINE void v_load_meta(const char *from, const uint32_t type, uint32_t grou
 }
 
 /* The weights of one query row over a tile of n rows. */
-static void v_fold_weights(const v_value_memory *at, uint32_t n, const float *p, float *min_sums, float *factors,
-                           int16_t *weights) {
+static void v_fold_weights(const v_value_memory *at, float middle, uint32_t n, const float *p, float *min_sums,
+                           float *factors, int16_t *weights) {
   float padded[V_ROW_TILE];
   const uint32_t whole = n / 16 * 16;
   if (whole < n) { /* zero past the end */
@@ -272,19 +288,22 @@ static void v_fold_weights(const v_value_memory *at, uint32_t n, const float *p,
     vf high = vf_zero(), sum = vf_load(min_sums + g * 8);
     for (uint32_t i = 0; i < n; i += 8) {
       vf weight = vf_load(p + i);
-      sum = vf_fma(weight, vf_load(mins + i), sum);
+      sum = vf_fma(weight, vf_fma(vf_load(scales + i), vf_set1(middle), vf_load(mins + i)), sum);
       high = vf_max(vf_abs(weight * vf_load(scales + i)), high);
     }
     vf_store(min_sums + g * 8, sum);
     float largest = vf_highest(high);
     vf inverse = vf_set1(v_inverse(largest));
     factors[g] = v_factor(largest);
+    vi total = vi_zero();
     for (uint32_t i = 0; i < n; i += 16) {
       vi a = vi_round(vf_load(p + i) * vf_load(scales + i) * inverse);
       vi b = vi_round(vf_load(p + i + 8) * vf_load(scales + i + 8) * inverse);
       vi both = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
       vi_store((uint32_t *)(weights + g * V_ROW_TILE + i), both);
+      total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
     }
+    min_sums[g * 8] -= factors[g] * (middle * v_total(total));
   }
 }
 
@@ -414,7 +433,7 @@ CKV_INLINE void v_value_sums(const ckv_run *run, const uint32_t bits, uint32_t f
       v_load_meta(min, run->dtype, at->groups, n, at->mins);
     }
     for (uint32_t j = 0; j < m; j++)
-      v_fold_weights(at, n, p + j * ld + i, at->min_sums + j * min_stride, at->factors + j * at->groups,
+      v_fold_weights(at, v_middle(bits), n, p + j * ld + i, at->min_sums + j * min_stride, at->factors + j * at->groups,
                      at->weights + j * weight_stride);
     for (uint32_t strip = 0; strip < at->strips; strip += V_STRIPS) {
       const uint32_t strips = ckv_min_u32(V_STRIPS, at->strips - strip);

@@ -16,3 +16,23 @@ CKV_INLINE __m512i v_digits(vf a, vf b) {
   __m512i y = _mm512_shuffle_epi8(_mm512_castps_si512(b), second);
   return _mm512_ternarylogic_epi32(x, y, low, 0x56); /* (x | y) ^ low */
 }
+
+/* The middle of the codes. Rounding errors of queries and weights meet code - middle, half as large as codes: the
+ * rest, middle times the sum of what was rounded, is added exactly. */
+CKV_INLINE float v_middle(uint32_t bits) { return (float)(1u << (bits - 1)); }
+
+/* Adds up digits as v_digits puts them: (low, high) of a and of b in every 128 bits. */
+CKV_INLINE __m512i v_add_digits(__m512i sum, __m512i digits) {
+  return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), digits);
+}
+
+/* The sums of a and b. */
+CKV_INLINE void v_digit_totals(__m512i sum, float to[2]) {
+  __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  __m128i total = _mm_add_epi32(x, _mm_slli_epi32(_mm_srli_epi64(x, 32), 8));
+  int32_t all[4];
+  _mm_storeu_si128((__m128i *)all, total);
+  to[0] = (float)all[0];
+  to[1] = (float)all[2];
+}

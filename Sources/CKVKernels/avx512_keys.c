@@ -39,13 +39,13 @@ CKV_INLINE __m512i transpose_bytes(__m512i x) {
 }
 
 /* Bias and the largest product of n <= 16 channels from c on. */
-CKV_INLINE void range_step(const ckv_run *run, const uint32_t type, uint32_t g, uint32_t c, const uint32_t n,
-                           const float *q, const uint32_t nq, size_t q_stride, vf bias[QUERIES], vf high[QUERIES]) {
+CKV_INLINE void range_step(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, uint32_t c,
+                           const uint32_t n, const float *q, const uint32_t nq, size_t q_stride, vf bias[QUERIES], vf high[QUERIES]) {
   const char *s_at = ckv_offset(run->scale, type, (size_t)g * run->dim + c);
   const char *mn_at = ckv_offset(run->min, type, (size_t)g * run->dim + c);
   __builtin_prefetch(s_at + META_AHEAD);
   __builtin_prefetch(mn_at + META_AHEAD);
-  const vf s = vf_load_as_n(s_at, type, n), mn = vf_load_as_n(mn_at, type, n);
+  const vf s = vf_load_as_n(s_at, type, n), mn = vf_fma(s, vf_set1(v_middle(bits)), vf_load_as_n(mn_at, type, n));
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     vf y = n == 16 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);
@@ -56,14 +56,14 @@ CKV_INLINE void range_step(const ckv_run *run, const uint32_t type, uint32_t g, 
 
 /* First half of folding: what follows from the largest product. Apart from the second half because that waits for
  * reductions and a division, which other work can hide. */
-CKV_INLINE void find_range(const ckv_run *run, const uint32_t type, uint32_t g, const float *q, const uint32_t nq,
-                           size_t q_stride, float scale, folded *f) {
+CKV_INLINE void find_range(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, const float *q,
+                           const uint32_t nq, size_t q_stride, float scale, folded *f) {
   vf bias[QUERIES], high[QUERIES];
   CKV_UNROLL
   for (uint32_t j = 0; j < QUERIES; j++) bias[j] = high[j] = vf_zero();
   uint32_t c = 0;
-  for (; c + 16 <= run->dim; c += 16) range_step(run, type, g, c, 16, q, nq, q_stride, bias, high);
-  if (c < run->dim) range_step(run, type, g, c, run->dim - c, q, nq, q_stride, bias, high);
+  for (; c + 16 <= run->dim; c += 16) range_step(run, bits, type, g, c, 16, q, nq, q_stride, bias, high);
+  if (c < run->dim) range_step(run, bits, type, g, c, run->dim - c, q, nq, q_stride, bias, high);
   float largest[4], sum[4], inverse[4], factor[4];
   vf_max4(high[0], high[1], high[2], high[3], largest);
   vf_sum4(bias[0], bias[1], bias[2], bias[3], sum);
@@ -79,23 +79,31 @@ CKV_INLINE void find_range(const ckv_run *run, const uint32_t type, uint32_t g, 
 }
 
 CKV_INLINE void digits_step(const ckv_run *run, const uint32_t type, uint32_t g, uint32_t c, const uint32_t n,
-                            const float *q, const uint32_t nq, size_t q_stride, const folded *f) {
+                            const float *q, const uint32_t nq, size_t q_stride, const folded *f, __m512i sum[2]) {
   const vf s = vf_load_as_n(ckv_offset(run->scale, type, (size_t)g * run->dim + c), type, n);
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j += 2) {
     const float *y = q + j * q_stride + c, *z = j + 1 < nq ? y + q_stride : y;
     vf a = v_fixed((n == 16 ? vf_load(y) : vf_load_n(y, n)) * s, vf_set1(f->inverse[j])), b = a;
     if (j + 1 < nq) b = v_fixed((n == 16 ? vf_load(z) : vf_load_n(z, n)) * s, vf_set1(f->inverse[j + 1]));
-    _mm512_storeu_si512(f->digits + c * DIGITS / 16 + 8 * j, v_digits(a, b));
+    __m512i digits = v_digits(a, b);
+    sum[j / 2] = v_add_digits(sum[j / 2], digits);
+    _mm512_storeu_si512(f->digits + c * DIGITS / 16 + 8 * j, digits);
   }
 }
 
 /* Second half: the products in fixed point, as signed digits. */
-CKV_INLINE void fold_digits(const ckv_run *run, const uint32_t type, uint32_t g, const float *q, const uint32_t nq,
-                            size_t q_stride, const folded *f) {
+CKV_INLINE void fold_digits(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, const float *q,
+                            const uint32_t nq, size_t q_stride, folded *f) {
+  __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   uint32_t c = 0;
-  for (; c + 16 <= run->dim; c += 16) digits_step(run, type, g, c, 16, q, nq, q_stride, f);
-  if (c < run->dim) digits_step(run, type, g, c, run->dim - c, q, nq, q_stride, f);
+  for (; c + 16 <= run->dim; c += 16) digits_step(run, type, g, c, 16, q, nq, q_stride, f, sum);
+  if (c < run->dim) digits_step(run, type, g, c, run->dim - c, q, nq, q_stride, f, sum);
+  float totals[QUERIES];
+  v_digit_totals(sum[0], totals);
+  if (nq > 2) v_digit_totals(sum[1], totals + 2);
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++) f->bias[j] -= f->factor[j] * (v_middle(bits) * totals[j]);
 }
 
 /* to[i], lane k = from[k], lane i, of 128 bits. */
@@ -276,11 +284,11 @@ CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, const ui
   folded f[2];
   f[0].digits = f[1].digits = (int32_t *)scratch;
   uint32_t g = first / run->group, turn = 0;
-  find_range(run, type, g, q, nq, q_stride, scale, &f[0]);
+  find_range(run, bits, type, g, q, nq, q_stride, scale, &f[0]);
   for (uint32_t row = first; row < end; g++, turn ^= 1) {
     uint32_t stop = ckv_min_u32(end, (g + 1) * run->group);
-    fold_digits(run, type, g, q, nq, q_stride, &f[turn]);
-    if (stop < end) find_range(run, type, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
+    fold_digits(run, bits, type, g, q, nq, q_stride, &f[turn]);
+    if (stop < end) find_range(run, bits, type, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
     while (row < stop) {
       uint32_t in_group = row - g * run->group, block = in_group / BLOCK, begin = in_group % BLOCK;
       uint32_t n = ckv_min_u32(stop - row, BLOCK - begin);

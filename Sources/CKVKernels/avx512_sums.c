@@ -35,6 +35,7 @@ enum {
 /* Parts of the scratch memory of a call. */
 typedef struct {
   uint32_t groups, strips;
+  float middle;     /* of the codes, see v_middle */
   float *sums;      /* [query row][strip][2][16]: see `spread` */
   float *min_sums;  /* [query row][group][16] */
   float *scales;    /* [group][TILE] of the tile at hand */
@@ -108,13 +109,14 @@ CKV_INLINE void load_meta(const void *from, const uint32_t type, uint32_t groups
 /* Sixteen weights of a query row, zero past the end. */
 CKV_INLINE vf load_weights(const float *p, uint32_t have) { return have < 16 ? vf_load_n(p, have) : vf_load(p); }
 
-/* The largest |p * scale| of each query row for `count` groups from g on, and their p * min added to min_sums. */
+/* The largest |p * scale| of each query row for `count` groups from g on. Adds p * (min + middle * scale) to min_sums. */
 CKV_INLINE void weigh(memory *at, const uint32_t count, uint32_t g, uint32_t n, const float *restrict p,
                       const uint32_t nq, size_t ld, float *restrict min_sums, float largest[2][4]) {
   const uint32_t groups = at->groups;
   const size_t next_step = at->next_step;
   const char *next = at->next;
   const float *restrict scales = at->scales + g * TILE, *restrict mins = at->mins + g * TILE;
+  const vf middle = vf_set1(at->middle);
   vf high[2][QUERIES], sum[2][QUERIES];
   CKV_UNROLL
   for (uint32_t t = 0; t < count * QUERIES; t++) high[t / QUERIES][t % QUERIES] = vf_zero();
@@ -127,7 +129,7 @@ CKV_INLINE void weigh(memory *at, const uint32_t count, uint32_t g, uint32_t n, 
     for (uint32_t j = 0; j < nq; j++) weight[j] = load_weights(p + j * ld + i, n - i);
     CKV_UNROLL
     for (uint32_t k = 0; k < count; k++, next += next_step) {
-      const vf s = vf_load(scales + k * TILE + i), mn = vf_load(mins + k * TILE + i);
+      const vf s = vf_load(scales + k * TILE + i), mn = vf_fma(s, middle, vf_load(mins + k * TILE + i));
       __builtin_prefetch(next);
       CKV_UNROLL
       for (uint32_t j = 0; j < nq; j++) {
@@ -144,26 +146,25 @@ CKV_INLINE void weigh(memory *at, const uint32_t count, uint32_t g, uint32_t n, 
   at->next = next;
 }
 
-/* Folds the weights of nq query rows over a tile of n rows: digits and factors, and adds p * min to min_sums. */
+/* Folds the weights of nq query rows over a tile of n rows: digits and factors, and what min_sums gets. */
 CKV_INLINE void fold(memory *at, uint32_t n, const float *restrict p, const uint32_t nq, size_t ld,
                      float *restrict min_sums, int32_t *restrict digits, float *restrict factors) {
   const uint32_t groups = at->groups;
   const size_t next_step = at->next_step;
   for (uint32_t first = 0; first < groups; first += 4) {
     const uint32_t count = ckv_min_u32(4, groups - first);
-    float largest[4][4] = {{0}}, up[4][4];
+    float largest[4][4] = {{0}}, up[4][4], factor[4][4];
     for (uint32_t k = 0; k < count; k += 2) {
       if (count - k == 1) weigh(at, 1, first + k, n, p, nq, ld, min_sums, largest + k);
       else weigh(at, 2, first + k, n, p, nq, ld, min_sums, largest + k);
     }
     const char *next = at->next;
     for (uint32_t k = 0; k < count; k++) { /* lanes are query rows */
-      float factor[4];
       __m128 x = _mm_loadu_ps(largest[k]), vanishes = _mm_cmplt_ps(x, _mm_set1_ps(1e-30f));
       _mm_storeu_ps(up[k], _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(v_full_range), x)));
-      _mm_storeu_ps(factor, _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / v_full_range))));
+      _mm_storeu_ps(factor[k], _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / v_full_range))));
       CKV_UNROLL
-      for (uint32_t j = 0; j < nq; j++) factors[j * groups + first + k] = factor[j];
+      for (uint32_t j = 0; j < nq; j++) factors[j * groups + first + k] = factor[k][j];
     }
     for (uint32_t k = 0; k < count; k++) {
       int32_t *restrict to = digits + (size_t)(first + k) * GROUP_DIGITS;
@@ -171,6 +172,7 @@ CKV_INLINE void fold(memory *at, uint32_t n, const float *restrict p, const uint
       vf inverse[QUERIES];
       CKV_UNROLL
       for (uint32_t j = 0; j < nq; j++) inverse[j] = vf_set1(up[k][j]);
+      __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
       for (uint32_t i = 0; i < n; i += 16, to += SET_DIGITS, next += next_step) {
         const vf s = vf_load(scales + i);
         __builtin_prefetch(next);
@@ -178,9 +180,17 @@ CKV_INLINE void fold(memory *at, uint32_t n, const float *restrict p, const uint
         for (uint32_t j = 0; j < nq; j += 2) {
           vf a = v_fixed(load_weights(p + j * ld + i, n - i) * s, inverse[j]), b = a;
           if (j + 1 < nq) b = v_fixed(load_weights(p + (j + 1) * ld + i, n - i) * s, inverse[j + 1]);
-          _mm512_storeu_si512(to + 8 * j, v_digits(a, b));
+          __m512i both = v_digits(a, b);
+          sum[j / 2] = v_add_digits(sum[j / 2], both);
+          _mm512_storeu_si512(to + 8 * j, both);
         }
       }
+      float totals[QUERIES];
+      v_digit_totals(sum[0], totals);
+      if (nq > 2) v_digit_totals(sum[1], totals + 2);
+      CKV_UNROLL
+      for (uint32_t j = 0; j < nq; j++)
+        min_sums[(j * groups + first + k) * 16] -= factor[k][j] * (at->middle * totals[j]);
     }
     at->next = next;
   }
@@ -476,7 +486,8 @@ void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, con
   }
   if (count == 0 || m == 0) return;
   float *next = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-  memory at = {.groups = (run->dim + run->group - 1) / run->group, .strips = (run->dim + STRIP - 1) / STRIP};
+  memory at = {.groups = (run->dim + run->group - 1) / run->group, .strips = (run->dim + STRIP - 1) / STRIP,
+               .middle = v_middle(run->bits)};
   at.codes = (uint8_t *)take(&next, STRIPS * STEPS * 32);
   at.digits = (int32_t *)take(&next, (size_t)CHUNK / QUERIES * at.groups * GROUP_DIGITS);
   at.scales = take(&next, (size_t)at.groups * TILE);

@@ -1,7 +1,7 @@
 /* logits and accumulate against sums in double over the decoded rows, with the bound of a dot product:
  * terms * eps * sum |x| |y|. For affine runs the two parts of a value, code * scale and min, are summed apart by
  * kernels that fold the scale into the query, so |x| is |code * scale| + |min| there; kernels that hold the folded
- * query or weight in 16-bit fixed point add 2^-16 of its largest for every unit of code (ckv.h). */
+ * query or weight in 16-bit fixed point add 2^-16 of its largest for every unit of code from the middle (ckv.h). */
 #include "check.h"
 
 #include <math.h>
@@ -17,7 +17,7 @@ static const double eps = 0x1p-24;
 typedef struct {
   ckv_run run;
   void *data, *scale, *min;
-  double *x, *size, *step; /* value, |code * scale| + |min|, levels * scale: rows x dim */
+  double *x, *size, *step; /* value, |code * scale| + |min|, middle code * scale: rows x dim */
 } subject;
 
 static void describe(subject *s) {
@@ -39,7 +39,7 @@ static void describe(subject *s) {
       size_t meta = groups ? (size_t)i * groups + c / r->group : (size_t)(i / r->group) * r->dim + c;
       double mn = value_of(r->min, r->dtype, meta), scale = value_of(r->scale, r->dtype, meta);
       s->size[at] = fabs(s->x[at] - mn) + fabs(mn);
-      s->step[at] = scale * ((1 << r->bits) - 1);
+      s->step[at] = scale * (1 << (r->bits - 1));
     }
   }
   free(rows);
