@@ -45,7 +45,8 @@ CKV_INLINE void range_step(const ckv_run *run, const uint32_t bits, const uint32
   const char *mn_at = ckv_offset(run->min, type, (size_t)g * run->dim + c);
   __builtin_prefetch(s_at + META_AHEAD);
   __builtin_prefetch(mn_at + META_AHEAD);
-  const vf s = vf_load_as_n(s_at, type, n), mn = vf_fma(s, vf_set1(v_middle(bits)), vf_load_as_n(mn_at, type, n));
+  const vf s = vf_load_as_n(s_at, type, n);
+  const vf mn = vf_fma(s, vf_set1(v_middle(bits)), vf_load_as_n(mn_at, type, n));
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     vf y = n == 16 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);

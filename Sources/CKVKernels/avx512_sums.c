@@ -109,7 +109,8 @@ CKV_INLINE void load_meta(const void *from, const uint32_t type, uint32_t groups
 /* Sixteen weights of a query row, zero past the end. */
 CKV_INLINE vf load_weights(const float *p, uint32_t have) { return have < 16 ? vf_load_n(p, have) : vf_load(p); }
 
-/* The largest |p * scale| of each query row for `count` groups from g on. Adds p * (min + middle * scale) to min_sums. */
+/* The largest |p * scale| of each query row for `count` groups from g on. Adds p * (min + middle * scale) to
+ * min_sums. */
 CKV_INLINE void weigh(memory *at, const uint32_t count, uint32_t g, uint32_t n, const float *restrict p,
                       const uint32_t nq, size_t ld, float *restrict min_sums, float largest[2][4]) {
   const uint32_t groups = at->groups;
