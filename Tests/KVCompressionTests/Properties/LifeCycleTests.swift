@@ -64,9 +64,11 @@ import Testing
           outputsA += try common.step(a, token..<token + 1)
           outputsB += try other.step(b, token..<token + 1)
         }
-        // A fork opens extents of its own, so sums are cut elsewhere: close to rounding, not to the bit.
-        checkClose(outputsA, expectedA, "the original")
-        checkClose(outputsB, expectedB, "the fork")
+        // A fork opens extents of its own, so sums are cut elsewhere: close to rounding, not to the bit. Weights of codes
+        // are rounded to 16 bits of the largest in a cut.
+        let bound: Float = text.contains("kivi") ? 2e-4 : 1e-5
+        checkClose(outputsA, expectedA, within: bound, "the original")
+        checkClose(outputsB, expectedB, within: bound, "the fork")
         check(try Snapshot(a).heads == Snapshot(twinA).heads, "contents of the original")
         check(try Snapshot(b).heads == Snapshot(twinB).heads, "contents of the fork")
         // A fork of a fork outlives both.

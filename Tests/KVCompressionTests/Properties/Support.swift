@@ -47,10 +47,11 @@ func checkSame(
 
 /// Checks that attention outputs (values within 2) differ by no more than a few roundings.
 func checkClose(
-  _ a: [Float], _ b: [Float], _ what: @autoclosure () -> String, sourceLocation: SourceLocation = #_sourceLocation
+  _ a: [Float], _ b: [Float], within bound: Float = 1e-5, _ what: @autoclosure () -> String,
+  sourceLocation: SourceLocation = #_sourceLocation
 ) {
   let worst = zip(a, b).map { abs($0 - $1) }.max() ?? 0
-  check(a.count == b.count && worst <= 1e-5, "\(what()): off by \(worst)", sourceLocation: sourceLocation)
+  check(a.count == b.count && worst <= bound, "\(what()): off by \(worst)", sourceLocation: sourceLocation)
 }
 
 /// Runs `body`, which must throw that code; checks what the error says and returns it.
