@@ -46,11 +46,12 @@ let package = Package(
     // One module a family of methods.
     .target(name: "KVEviction", dependencies: ["KVCore"], swiftSettings: settings),
     .target(name: "KVQuantization", dependencies: ["KVCore"], swiftSettings: settings),
+    .target(name: "KVMerging", dependencies: ["KVCore"], swiftSettings: settings),
 
     // The umbrella: registry of policies by name, and everything re-exported.
     .target(
       name: "KVCompression",
-      dependencies: ["KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization"],
+      dependencies: ["KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization", "KVMerging"],
       swiftSettings: settings),
 
     // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
@@ -66,7 +67,8 @@ let package = Package(
       name: "KVCompressionTests",
       dependencies: [
         "CAllocationCounter",
-        "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVExperiments", "CKVKernels",
+        "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVMerging", "KVExperiments",
+        "CKVKernels",
       ],
       exclude: ["Goldens"], swiftSettings: testSettings),
     // The CUDA kernels as C++ on the CPU, and the whole backend on top of them.

@@ -10,7 +10,7 @@ public struct PolicyRegistry: Sendable {
 
   /// Every method of this library.
   public static let standard = PolicyRegistry(
-    methods: [Store.denseMethod] + EvictionMethods.all + QuantizationMethods.all)
+    methods: [Store.denseMethod] + EvictionMethods.all + MergingMethods.all + QuantizationMethods.all)
 
   public init(methods: [MethodDescription]) { self.methods = methods }
 

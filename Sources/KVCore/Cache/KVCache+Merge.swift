@@ -34,10 +34,9 @@ extension KVCache {
       var count = view.count(head: head, row: merge.target)
       let columns = segment.observed(head: head)
       var observed = (0..<columns.width).map { columns.value(column: $0, slot: place) }
-      if merge.counts {
+      if merge.counts { for term in terms { count += view.count(head: head, row: term.row) } }
+      if merge.scores, let observer {
         for term in terms {
-          count += view.count(head: head, row: term.row)
-          guard let observer else { continue }
           for column in observed.indices {
             observed[column] = observer.merged(
               column: column, observed[column], view.observed(head: head, row: term.row, column: column))

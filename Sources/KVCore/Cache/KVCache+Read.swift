@@ -6,7 +6,7 @@ extension KVCache {
   }
 
   /// The live rows of a head as f32: keys [rows, keyDim], values [rows, valueDim], the position and the log bias of
-  /// each row (to be added to its logit; 0 unless rows were merged).
+  /// each row (to be added to its logit; 0 unless rows were merged), and the tokens it stands for.
   ///
   /// Decodes whatever the store holds. O(rows · dim).
   public func read(layer: Int, head: Int) throws(KVError) -> HeadContents {
@@ -18,7 +18,7 @@ extension KVCache {
       logBias: (0..<count).map { row in
         let place = view.reference(head: head, row: row)
         return view.segments[Int(place.segment)].logBias(head: head, slot: Int(place.slot))
-      })
+      }, counts: (0..<count).map { view.count(head: head, row: $0) })
   }
 
   /// Calls `body` with views of a head's keys and values in the cache's own memory, when it holds them dense, in one
@@ -70,11 +70,15 @@ public struct HeadContents: Hashable, Sendable {
   public var values: [Float]
   /// To be added to the logit of each row.
   public var logBias: [Float]
+  /// Tokens each row stands for; 1 unless rows were merged.
+  public var counts: [Int]
 
-  public init(positions: [Int], keys: [Float], values: [Float], logBias: [Float]) {
+  /// - Parameter counts: nil: 1 each.
+  public init(positions: [Int], keys: [Float], values: [Float], logBias: [Float], counts: [Int]? = nil) {
     self.positions = positions
     self.keys = keys
     self.values = values
     self.logBias = logBias
+    self.counts = counts ?? Array(repeating: 1, count: positions.count)
   }
 }

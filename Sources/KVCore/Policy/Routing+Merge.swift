@@ -38,8 +38,10 @@ extension Routing {
     public var valueDivisor: Float = 1
     /// Added to the row's logit from now on; nil: as before.
     public var logBias: Float?
-    /// Whether the row now stands for the tokens of its terms too, and has received their attention.
+    /// Whether the row now stands for the tokens of its terms too.
     public var counts = true
+    /// Whether it has now received the attention of its terms too, as it will from now on with the right bias.
+    public var scores = true
     package var terms: Range<Int> = 0..<0
 
     public init(head: Int, target: Int) {
@@ -100,5 +102,13 @@ extension Routing {
           head: merge.head)
       }
     }
+  }
+}
+
+extension Routing {
+  /// Takes merges back whose rows are dropped after all.
+  public mutating func forgetMerges(head: Int, into rows: Set<Int>) {
+    if rows.isEmpty { return }
+    merges.removeAll { $0.head == head && rows.contains($0.target) }
   }
 }

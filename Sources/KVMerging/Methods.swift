@@ -1,0 +1,8 @@
+public import KVCore
+
+/// The merging family: one file a method.
+public enum MergingMethods {
+  public static let all: [MethodDescription] = [
+    Selection.mergeMethod, Selection.camMethod, Selection.kvMergerMethod,
+  ]
+}
