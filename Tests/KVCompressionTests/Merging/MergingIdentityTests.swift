@@ -70,7 +70,7 @@ import Testing
   /// Counts of what stays and what was dropped without merging add up to the tokens; rows stay in order.
   @Test func countsAddUp() throws {
     withEvery("policy", in: ["h2o(budget=20)+merge(threshold=-1)", "h2o(budget=20)+merge(to=nearest_position,threshold=-1)",
-      "kvmerger(budget=20)", "kvmerger(threshold=0.1,every=5)", "snapkv(budget=20,window=4,every=3)+merge(threshold=-1)"]
+      "kvmerger(budget=20,heavy=0)", "kvmerger(threshold=0.1,every=5)", "snapkv(budget=20,window=4,every=3)+merge(threshold=-1)"]
     ) { text in
       withEvery("store", in: ["f32", "bf16", "kivi(bits=8,residual=32)"]) { store in
         withEvery("geometry", in: Geometry.all) { geometry in
