@@ -22,7 +22,8 @@ extension Selection {
   ///   - afterPrompt: whether the prompt is cut when it ends; else with the first decoded token.
   public static func cam(
     budget: Budget = .fraction(0.2), startShare: Double = 0.5, merge: Int = 32,
-    prominence: Prominence = Prominence(attention: .accumulated, mode: .random(seed: 0)), candidates: MergeRule.Candidates = .newest(1),
+    prominence: Prominence = Prominence(attention: .accumulated, mode: .random(seed: 0)),
+    candidates: MergeRule.Candidates = .newest(1),
     afterPrompt: Bool = true, positions: PositionPolicy = .keep, every: Int = 1
   ) throws(KVError) -> Selection {
     guard (0...1).contains(startShare) else {
@@ -36,7 +37,8 @@ extension Selection {
   /// The authors' two numbers: `start` first tokens and `recent` newest ones.
   public static func cam(
     start: Int, recent: Int, merge: Int = 32,
-    prominence: Prominence = Prominence(attention: .accumulated, mode: .random(seed: 0)), candidates: MergeRule.Candidates = .newest(1),
+    prominence: Prominence = Prominence(attention: .accumulated, mode: .random(seed: 0)),
+    candidates: MergeRule.Candidates = .newest(1),
     afterPrompt: Bool = true, positions: PositionPolicy = .keep, every: Int = 1
   ) throws(KVError) -> Selection {
     guard start >= 0, recent >= 0, start <= 1 << 30, recent <= 1 << 30, start + recent >= 1 else {

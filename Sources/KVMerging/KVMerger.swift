@@ -36,7 +36,8 @@ extension Selection {
       throw KVError(.invalidOption, "kvmerger's threshold of cosines lies in -1...1; got \(least)")
     }
     for (name, number) in [("recent", recent), ("heavy", heavy)] where !(0...1_073_741_823).contains(number) {
-      throw KVError(.invalidOption, "kvmerger's \(name) tokens are a share below 1 or a number of tokens; got \(number)")
+      throw KVError(
+        .invalidOption, "kvmerger's \(name) tokens are a share below 1 or a number of tokens; got \(number)")
     }
     guard options.sigma > 0, options.sigma.isFinite else {
       throw KVError(.invalidOption, "kvmerger's sigma is positive; got \(options.sigma)")
@@ -53,7 +54,7 @@ extension Selection {
           SpecOption("heavy", .decimal(heavy)),
         ] + options.spec + [SpecOption("every", .integer(every ?? 0))]),
       scorer: ReceivedAttention(attention: options.attention), budget: budget ?? .unlimited,
-      allocator: LeavingFirstLayers(count: options.skipFirst),
+      allocator: options.skipFirst == 0 ? UniformAllocator() : LeavingFirstLayers(count: options.skipFirst),
       router: RunRouter(
         exact: budget != nil, threshold: Float(least), recent: recent, heavy: heavy, options: options),
       schedule: Schedule(decodeInterval: every))
@@ -231,7 +232,8 @@ struct RunRouter: Router {
     let end = count - window
     var mask = [Bool](repeating: false, count: count)
     for row in 0..<end {
-      mask[row] = layer.count(head: head, row: row) == 1
+      mask[row] =
+        layer.count(head: head, row: row) == 1
         && (boundary == 0 || layer.position(head: head, row: row) >= boundary)
     }
     selectLargest(min(tokens(heavy, of: layer.tokensSeen), end), of: attention[0..<end]) { mask[$0] = false }

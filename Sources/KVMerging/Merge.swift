@@ -119,11 +119,12 @@ extension MergeRule {
     } else {
       options.append(SpecOption("threshold", .decimal(-1)))
     }
-    options += [
-      SpecOption("fraction", .decimal(fraction)), SpecOption("update", .text(update.rawValue)),
-      SpecOption("weights", .text(weights.name)), SpecOption("keys", .text(key.rawValue)),
-      SpecOption("bias", .text(logCount ? "log_count" : "none")),
-    ] + candidates.options
+    options +=
+      [
+        SpecOption("fraction", .decimal(fraction)), SpecOption("update", .text(update.rawValue)),
+        SpecOption("weights", .text(weights.name)), SpecOption("keys", .text(key.rawValue)),
+        SpecOption("bias", .text(logCount ? "log_count" : "none")),
+      ] + candidates.options
     if case .prominence(let prominence) = weights { options += prominence.options }
     return StageSpec(name: name, options: options)
   }
@@ -152,7 +153,8 @@ extension Prominence {
     let mode = try reader.name("mode", default: mode, among: ["random", "expectation"])
     let seed = try reader.int("seed", default: 0, in: 0...Int.max)
     self.init(
-      attention: queries == 0 ? .accumulated : .newest(queries), reference: Reference(rawValue: reference) ?? .followers,
+      attention: queries == 0 ? .accumulated : .newest(queries),
+      reference: Reference(rawValue: reference) ?? .followers,
       mode: mode == "random" ? .random(seed: UInt64(seed)) : .expectation)
   }
 

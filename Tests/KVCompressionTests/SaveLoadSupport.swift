@@ -44,7 +44,9 @@ enum SavedCases {
     "streaming(sinks=4,recent=40)", "streaming(sinks=4,recent=40,positions=keep)", "h2o(heavy=20,recent=20)",
     "h2o(budget=0.3)", "snapkv(budget=48,window=8,every=16)", "snapkv(budget=64,window=8)",
     "h2o(heavy=40,recent=40)+kivi(bits=4,residual=32)", "snapkv(budget=80,window=8)+kivi(bits=2,residual=32)",
-    "snapkv(budget=80,window=8,every=16)+kivi(bits=8,residual=32)", "two tiers", "ragged heads",
+    "snapkv(budget=80,window=8,every=16)+kivi(bits=8,residual=32)", "h2o(budget=0.3)+merge(threshold=-1,keys=rotate)",
+    "kvmerger(budget=0.4,every=8)",
+    "d2o(skip_first=0,skip_last=0)+kivi(bits=8,residual=32)", "cam(budget=40)+bf16", "two tiers", "ragged heads",
   ]
 
   static func policy(_ text: String) throws -> Policy {

@@ -92,7 +92,8 @@ extension Routing {
             head: merge.head)
         }
         guard term.keyWeight.isFinite, term.valueWeight.isFinite else {
-          throw KVError(.nonFinite, "row \(term.row) would be merged with a weight that is not finite", head: merge.head)
+          throw KVError(
+            .nonFinite, "row \(term.row) would be merged with a weight that is not finite", head: merge.head)
         }
         last = term.row
       }

@@ -76,7 +76,9 @@ import Testing
     let (start, recent) = (try run.entry.int("start"), try run.entry.int("recent") - 2)
     let prominence = Prominence(attention: .newest(1), reference: .later)
     let (cache, input) = try self.cache(
-      run, .cam(start: start, recent: recent, merge: run.entry.int("mergeBudget"), prominence: prominence, afterPrompt: false)
+      run,
+      .cam(
+        start: start, recent: recent, merge: run.entry.int("mergeBudget"), prominence: prominence, afterPrompt: false)
     ) { cache, keys, values, queries in
       try cache.append(keys, values)
       _ = try cache.attend(queries)
@@ -105,7 +107,9 @@ import Testing
     let (start, recent) = (try run.entry.int("start"), try run.entry.int("recent"))
     let prominence = Prominence(attention: .accumulated)
     let (cache, input) = try self.cache(
-      run, .cam(start: start, recent: recent, merge: run.entry.int("mergeBudget"), prominence: prominence, afterPrompt: false)
+      run,
+      .cam(
+        start: start, recent: recent, merge: run.entry.int("mergeBudget"), prominence: prominence, afterPrompt: false)
     ) { cache, keys, values, queries in
       let last = keys.tokens - 1
       try cache.append(keys.slice(tokens: 0..<last), values.slice(tokens: 0..<last))
@@ -130,6 +134,71 @@ import Testing
     try run.expect("changedSlots", merged.map { Double(rows.firstIndex(of: $0) ?? -1) })
     try run.expect("changedValues", values(cache, at: merged))
     run.finish()
+  }
+
+  /// D2O: thresholds, sets and merged rows over six decode steps, on query heads.
+  @Test(arguments: Goldens.names("d2o.hh"))
+  func d2o(name: String) throws {
+    let run = try GoldenRun(name)
+    let input = try GoldenInput(run.entry)
+    let policy = try PolicyRegistry.standard.policy(
+      "d2o(heavy=\(run.entry.int("hhSize")),recent=\(run.entry.int("recentSize")),layers=uniform,skip_first=0,skip_last=0,"
+        + "update=official,gate=mean,keys=average,bias=none,start=step)+f32")
+    let keys = try input.keys.repeatingHeads(2)
+    let values = try input.values.repeatingHeads(2)
+    let cache = try KVCache(policy, queryHeads: 4, kvHeads: 4, dim: keys.dim)
+    try cache.append(keys, values)
+    _ = try cache.attend(input.queries)
+    try cache.finishPrefill()
+    let probeKeys = try input.probeKeys.repeatingHeads(2)
+    let probeValues = try input.probeValues.repeatingHeads(2)
+    var outputs: [Float] = []
+    var thresholds: [Float] = []
+    var positions: [[Int]] = []
+    let steps = try run.entry.int("steps")
+    for step in 0..<steps {
+      try cache.append(probeKeys.slice(tokens: step..<step + 1), probeValues.slice(tokens: step..<step + 1))
+      outputs += try cache.attend(input.probeQueries.slice(tokens: step..<step + 1))
+      thresholds.append(try #require(cache.layers[0].routerMemory.first))
+      positions += try cache.positions()
+      guard step == 0 || step == steps - 1 else { continue }
+      let held = try (0..<4).map { try cache.read(layer: 0, head: $0) }
+      try run.expect(step == 0 ? "firstKeys" : "lastKeys", held.flatMap(\.keys))
+      try run.expect(step == 0 ? "firstValues" : "lastValues", held.flatMap(\.values))
+    }
+    try run.expect("thresholds", thresholds)
+    try run.expect("positions", positions: positions)
+    try run.expect("decode.output", outputs)
+    run.finish()
+    #expect(cache.bytes.total == cache.backend.memory.liveBytes)
+  }
+
+  @Test func d2oLayerShares() throws {
+    let run = try GoldenRun("d2o.layerRatios.a")
+    let file = try Goldens.file("inputs_a.safetensors")
+    let sums = try file.floats(named: "column_sums")
+    let tokens = sums.count / 32
+    let variances = (0..<8).map { layer in
+      D2OLayers.normalisedVariance(
+        (0..<4).map { Array(sums[(layer * 4 + $0) * tokens..<(layer * 4 + $0 + 1) * tokens]) })
+    }
+    try run.expect("normalisedVariance", variances)
+    guard case .array(let rows)? = run.entry.outputs["rows"]?.value else {
+      Issue.record("no rows")
+      return
+    }
+    for row in rows {
+      let heavy = try #require(row["parameters"]?["hhRatio"]?.double)
+      let recent = try #require(row["parameters"]?["recentRatio"]?.double)
+      let shares = D2OLayers.shares(variances, total: heavy + recent)
+      for (own, part) in [("hhRatios", heavy), ("recentRatios", recent)] {
+        let expected = try #require(row[own]?.numbers)
+        for (share, wanted) in zip(shares, expected) {
+          #expect(abs(share * part / (heavy + recent) - wanted) <= 1e-5 + 1e-3 * wanted, "\(own)")
+        }
+      }
+    }
+    run.finish(except: ["rows"])
   }
 
   /// A prompt and the first probe, on query heads, before anything is dropped.

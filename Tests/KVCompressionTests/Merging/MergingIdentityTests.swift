@@ -69,8 +69,13 @@ import Testing
 
   /// Counts of what stays and what was dropped without merging add up to the tokens; rows stay in order.
   @Test func countsAddUp() throws {
-    withEvery("policy", in: ["h2o(budget=20)+merge(threshold=-1)", "h2o(budget=20)+merge(to=nearest_position,threshold=-1)",
-      "kvmerger(budget=20,heavy=0)", "kvmerger(threshold=0.1,every=5)", "snapkv(budget=20,window=4,every=3)+merge(threshold=-1)"]
+    withEvery(
+      "policy",
+      in: [
+        "h2o(budget=20)+merge(threshold=-1)", "h2o(budget=20)+merge(to=nearest_position,threshold=-1)",
+        "kvmerger(budget=20,heavy=0)", "kvmerger(threshold=0.1,every=5)",
+        "snapkv(budget=20,window=4,every=3)+merge(threshold=-1)",
+      ]
     ) { text in
       withEvery("store", in: ["f32", "bf16", "kivi(bits=8,residual=32)"]) { store in
         withEvery("geometry", in: Geometry.all) { geometry in
@@ -82,7 +87,8 @@ import Testing
             check(held.counts.reduce(0, +) == 90, "\(held.counts.reduce(0, +)) tokens counted")
             check(zip(held.positions, held.positions.dropFirst()).allSatisfy(<), "order")
             for (count, bias) in zip(held.counts, held.logBias) {
-              check(count == 1 ? bias == 0 : abs(exponential(bias) - Double(count)) < 1e-5 * Double(count), "bias \(bias)")
+              check(
+                count == 1 ? bias == 0 : abs(exponential(bias) - Double(count)) < 1e-5 * Double(count), "bias \(bias)")
             }
           }
           check(cache.bytes.total == cache.backend.memory.liveBytes, "bytes")
@@ -215,7 +221,8 @@ import Testing
     let term = Routing.Term(row: 1, weight: 1)
     func refused(_ code: KVError.Code, _ told: [(Routing.Merge, [Routing.Term])], dropped: Set<Int> = [1]) throws {
       let selection = Selection(
-        spec: nil, scorer: nil, budget: .tokens(2), router: ToldRouter(dropped: dropped, told: told), schedule: Schedule())
+        spec: nil, scorer: nil, budget: .tokens(2), router: ToldRouter(dropped: dropped, told: told),
+        schedule: Schedule())
       let cache = try KVCache(Policy(selection, store: .dense(.f32)), queryHeads: 1, kvHeads: 1, dim: 2)
       try cache.append(normalTensor(1, 3, 2, seed: 1), normalTensor(1, 3, 2, seed: 2))
       let before = try cache.read(layer: 0, head: 0)
@@ -276,9 +283,13 @@ import Testing
     expectError(.missingInput, "attention weights") { _ = try makeCache("cam", shape, inputs: .queries) }
     let cache = try makeCache("cam(attention=3)", shape, inputs: .queries)
     #expect(cache.policy.inputs == RequiredInputs(windowQueries: 3))
-    withEvery("text", in: [
-      "merge", "merge(to=next,width=4,weights=prominence,attention=2,mode=random,seed=7)", "merge(threshold=-1,keys=average)",
-    ]) { text in
+    withEvery(
+      "text",
+      in: [
+        "merge", "merge(to=next,width=4,weights=prominence,attention=2,mode=random,seed=7)",
+        "merge(threshold=-1,keys=average)",
+      ]
+    ) { text in
       let policy = try PolicyRegistry.standard.policy("h2o+\(text)")
       let again = try PolicyRegistry.standard.policy("\(policy.spec)")
       check(again.spec == policy.spec, "\(policy.spec) became \(again.spec)")

@@ -186,7 +186,8 @@ func expectClose(
   @Test func mergingPress() throws {
     let rule = MergeRule(gate: .cosine(0), update: .weighted, weights: .length, logCount: false)
     let cache = try toldCache(
-      [[1, 0], [0, 1], [0.8, 0.6]], [[1, 1], [2, 2], [3, 4]], router: MergingRouter(ToldRouter(dropped: [2]), rule: rule))
+      [[1, 0], [0, 1], [0.8, 0.6]], [[1, 1], [2, 2], [3, 4]],
+      router: MergingRouter(ToldRouter(dropped: [2]), rule: rule))
     let held = try cache.read(layer: 0, head: 0)
     expectClose(held.values, [1.768181, 2.152271, 2, 2])
     #expect(held.keys == [1, 0, 0, 1])
@@ -199,7 +200,8 @@ func expectClose(
       let rule = MergeRule(
         gate: .movingAverage(old: 0.5, new: 0.5, averaged: true), update: update, weights: weights, key: .average,
         logCount: false)
-      let cache = try toldCache(keys, values, router: MergingRouter(ToldRouter(dropped: [2, 3, 4]), rule: rule), kept: 2)
+      let cache = try toldCache(
+        keys, values, router: MergingRouter(ToldRouter(dropped: [2, 3, 4]), rule: rule), kept: 2)
       expectClose(cache.layers[0].routerMemory, [1.6 / 3])
       return try cache.read(layer: 0, head: 0)
     }
@@ -241,7 +243,8 @@ func expectClose(
   @Test func pivots() throws {
     let rule = MergeRule(gate: .open, update: .pivot, key: .average, logCount: false)
     let cache = try toldCache(
-      [[2, 0], [4, 0], [6, 0]], [[1], [2], [6]], router: MergingRouter(ToldRouter(dropped: [1, 2]), rule: rule), kept: 1)
+      [[2, 0], [4, 0], [6, 0]], [[1], [2], [6]], router: MergingRouter(ToldRouter(dropped: [1, 2]), rule: rule), kept: 1
+    )
     let held = try cache.read(layer: 0, head: 0)
     expectClose(held.keys, [(2 + 3 + 4) / 3.0, 0])
     expectClose(held.values, [(1 + 1.5 + 3.5) / 3.0])

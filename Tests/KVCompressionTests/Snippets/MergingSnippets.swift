@@ -7,7 +7,8 @@ import Testing
     let merged = Policy(try .h2o(budget: .fraction(0.2)).merging(), store: .dense(.f16))
     let cam = Policy(try .cam(start: 4, recent: 508, merge: 16), store: .dense(.f16))
     let merger = Policy(try .kvMerger(budget: .fraction(0.5)), store: .dense(.f16))
-    for policy in [merged, cam, merger] {
+    let d2o = Policy(try .d2o(heavy: 0.2, recent: 0.1), store: .dense(.f16))
+    for policy in [merged, cam, merger, d2o] {
       let again = try PolicyRegistry.standard.policy("\(policy.spec)")
       #expect(again.spec == policy.spec)
     }
