@@ -17,6 +17,13 @@ extension Selection {
       throw KVError(.invalidOption, "merge takes in what a selection drops; the selection left of it keeps everything")
     }
     try rule.validate()
+    // Rows carry the numbers of one observer.
+    if let own = rule.inputs.observer, let other = scorer?.inputs.observer, AnyHashable(own) != AnyHashable(other) {
+      throw KVError(
+        .invalidOption,
+        "weights=prominence sums all attention, and the selection remembers it in another way; pass attention=1 or more, "
+          + "which looks at the newest queries")
+    }
     return modified(by: rule.spec(name: "merge")) { $0.router = MergingRouter($0.router, rule: rule) }
   }
 

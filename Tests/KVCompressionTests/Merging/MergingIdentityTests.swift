@@ -279,6 +279,9 @@ import Testing
   @Test func whatNeedsWhat() throws {
     let shape = Geometry(4, 2, 40).shape()
     expectError(.missingInput, "rotary") { _ = try makeCache("h2o(budget=20)+merge(keys=rotate)", shape) }
+    expectError(.invalidOption, "another way") {
+      _ = try makeCache("tova+merge(to=next,weights=prominence)", shape)
+    }
     expectError(.invalidOption, "keeps everything") { _ = try makeCache("merge", shape) }
     expectError(.missingInput, "attention weights") { _ = try makeCache("cam", shape, inputs: .queries) }
     let cache = try makeCache("cam(attention=3)", shape, inputs: .queries)
