@@ -11,6 +11,7 @@
 
 #include "lanes_typed.h"
 
+#include "blocks.h"
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 

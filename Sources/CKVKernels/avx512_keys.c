@@ -336,6 +336,7 @@ CKV_BITS(8)
 
 void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch) {
+  if (ckv_blocks_logits(run, first, count, q, m, q_stride, scale, out, ld, scratch)) return;
   if (run->kind != CKV_AFFINE_CHANNEL) ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
   else if (count == 0 || m == 0) return;
   else if (run->bits == 2) logits_2(run, first, count, q, m, q_stride, scale, out, ld, scratch);

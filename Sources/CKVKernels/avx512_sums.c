@@ -481,6 +481,7 @@ size_t ckv_sums_scratch_floats(uint32_t dim) {
 
 void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                          float *acc, size_t acc_stride, float *scratch) {
+  if (ckv_blocks_accumulate(run, first, count, p, m, ld, acc, acc_stride, scratch)) return;
   if (run->kind != CKV_AFFINE_ROW || run->group % STRIP) {
     ckv_avx512.accumulate(run, first, count, p, m, ld, acc, acc_stride, scratch);
     return;

@@ -86,6 +86,21 @@ uint32_t ckv_row_words(uint32_t dim, uint32_t bits) {
 
 uint32_t ckv_group_words(uint32_t group, uint32_t bits) { return group / 32 * bits; }
 
+uint32_t ckv_block_bytes(uint32_t code) {
+  switch (code) {
+    case CKV_Q8_0: return 34;
+    case CKV_Q5_0: return 22;
+    case CKV_Q5_1: return 24;
+    case CKV_Q4_1: return 20;
+    default: return 18; /* q4_0, iq4_nl */
+  }
+}
+
+size_t ckv_row_bytes(uint32_t kind, uint32_t code, uint32_t dim) {
+  if (kind == CKV_GGML) return (size_t)(dim / 32) * ckv_block_bytes(code);
+  return code == CKV_INT4 ? ((size_t)dim + 1) / 2 : dim;
+}
+
 static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
@@ -103,6 +118,7 @@ size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
   size_t values = few * (round_up(dim, 256) + 16) + at_least(64 * 4 * lanes, 4 * (64 * 16 + 16)) + 16 * lanes;
 #if defined(__x86_64__)
   values = at_least(values, at_least(ckv_sums_scratch_floats(dim), ckv_avx2_scratch_floats(dim)));
+  values = at_least(values, ckv_blocks_scratch_floats());
 #endif
   return at_least(at_least(rows, keys), values);
 }

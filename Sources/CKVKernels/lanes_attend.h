@@ -207,8 +207,9 @@ CKV_INLINE void v_prefetch_rows(const ckv_run *run, uint32_t first, uint32_t cou
   if (first >= run->rows) return;
   count = ckv_min_u32(count, run->rows - first);
   size_t row = run->kind == CKV_DENSE ? (size_t)run->row_stride * ckv_size_of(run->dtype)
-               : run->kind == CKV_AFFINE_ROW ? (size_t)ckv_row_words(run->dim, run->bits) * 4
-                                             : (size_t)run->dim * run->bits / 8;
+               : run->kind == CKV_AFFINE_ROW       ? (size_t)ckv_row_words(run->dim, run->bits) * 4
+               : run->kind == CKV_AFFINE_CHANNEL   ? (size_t)run->dim * run->bits / 8
+                                                   : ckv_row_bytes(run->kind, run->code, run->dim);
   const char *from = (const char *)run->data + first * row;
   size_t bytes = count * row, low = bytes * part / parts, high = bytes * (part + 1) / parts;
   for (size_t at = low; at < high; at += 64) __builtin_prefetch(from + at);

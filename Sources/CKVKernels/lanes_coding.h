@@ -272,7 +272,9 @@ CKV_INLINE void v_decode_row(const ckv_run *run, uint32_t bits, uint32_t first, 
 
 static void decode(const ckv_run *run, uint32_t first, uint32_t count, float *out, size_t out_stride) {
   uint32_t bits = run->bits, type = run->dtype;
-  if (run->kind == CKV_DENSE) {
+  if (run->kind >= CKV_SCALED_ROW && run->kind <= CKV_GGML) {
+    decode_blocks(run, first, count, out, out_stride);
+  } else if (run->kind == CKV_DENSE) {
     for (uint32_t i = 0; i < count; i++) {
       const void *row = ckv_offset(run->data, type, (size_t)((int64_t)(first + i) * run->row_stride));
       convert(out + i * out_stride, CKV_F32, row, type, run->dim);

@@ -5,5 +5,6 @@
     .exp_shift = exp_shift, .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot,                              \
     .normalise_rows = normalise_rows, .compare_rows = compare_rows, .mix_rows = mix_rows, .convert = convert,        \
     .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \
-    .decode = decode, .hadamard = hadamard, .read_memory = read_memory, CKV_STATISTICS,                              \
+    .encode_blocks = encode_blocks, .decode = decode, .hadamard = hadamard, .read_memory = read_memory,              \
+    CKV_STATISTICS,                                                                                                  \
   }

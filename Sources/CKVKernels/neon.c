@@ -8,6 +8,7 @@
 
 #include "lanes_typed.h"
 
+#include "blocks.h"
 #include "lanes_coding.h"
 #include "lanes_vector.h"
 

@@ -1,6 +1,7 @@
 /* The definition of every operation, in plain C. The other levels are checked against this file. */
 #include "internal.h"
 
+#include "blocks.h"
 #include "lanes_statistics.h"
 
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
@@ -38,6 +39,10 @@ static float element(const ckv_run *run, uint32_t r, uint32_t c) {
 }
 
 static void decode(const ckv_run *run, uint32_t first, uint32_t count, float *out, size_t out_stride) {
+  if (run->kind >= CKV_SCALED_ROW && run->kind <= CKV_GGML) {
+    decode_blocks(run, first, count, out, out_stride);
+    return;
+  }
   for (uint32_t i = 0; i < count; i++)
     for (uint32_t c = 0; c < run->dim; c++) out[i * out_stride + c] = element(run, first + i, c);
 }
@@ -237,6 +242,7 @@ const ckv_kernels ckv_portable = {
     .first_nonfinite = first_nonfinite,
     .encode_channel = encode_channel,
     .encode_row = encode_row,
+    .encode_blocks = encode_blocks,
     .decode = decode,
     .hadamard = hadamard,
     .read_memory = read_memory,

@@ -236,7 +236,9 @@ extension CPUBackend {
     let scaleFrom = encoding.scaleBytes(rows: source.first, dim: dim)
     let scaleTo = encoding.scaleBytes(rows: row, dim: dim)
     (target.scales + scaleTo).copyMemory(from: source.run.scales + scaleFrom, byteCount: scaleBytes)
-    (target.minima + scaleTo).copyMemory(from: source.run.minima + scaleFrom, byteCount: scaleBytes)
+    let minimumBytes = encoding.minimumBytes(rows: source.count, dim: dim)
+    if minimumBytes == 0 { return }
+    (target.minima + scaleTo).copyMemory(from: source.run.minima + scaleFrom, byteCount: minimumBytes)
   }
 
   /// A decoded code can exceed the value it was made from by half a step: near the end of the f16 range that is infinity.
@@ -275,6 +277,9 @@ extension CPUBackend {
       kernels.pointee.encode_row!(
         rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
         data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)
+    case .scaledPerToken, .scaledPerBlock, .scaledFixed, .ggml:
+      var run = target.kernelRun
+      kernels.pointee.encode_blocks!(&run, UInt32(row), UInt32(count), rows, dim)
     }
   }
 }

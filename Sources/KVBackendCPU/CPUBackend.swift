@@ -125,8 +125,9 @@ extension RowRun {
   /// The description the kernels take.
   var kernelRun: ckv_run {
     ckv_run(
-      kind: UInt32(encoding.kind.rawValue), dtype: UInt32(encoding.type.rawValue), bits: UInt32(encoding.bits),
-      group: UInt32(encoding.group), dim: UInt32(dim), rows: UInt32(capacity), row_stride: Int64(dim),
+      kind: UInt32(encoding.kind.rawValue), code: UInt32(encoding.code), dtype: UInt32(encoding.type.rawValue),
+      bits: UInt32(encoding.bits), group: UInt32(encoding.group), factor: encoding.factor, dim: UInt32(dim),
+      rows: UInt32(capacity), row_stride: Int64(dim),
       data: UnsafeRawPointer(base), scale: UnsafeRawPointer(scales), min: UnsafeRawPointer(minima))
   }
 }

@@ -10,7 +10,8 @@ public struct PolicyRegistry: Sendable {
 
   /// Every method of this library.
   public static let standard = PolicyRegistry(
-    methods: [Store.denseMethod] + EvictionMethods.all + MergingMethods.all + QuantizationMethods.all)
+    methods: [Store.denseMethod, LayerChoice.method] + EvictionMethods.all + MergingMethods.all
+      + QuantizationMethods.all)
 
   public init(methods: [MethodDescription]) { self.methods = methods }
 
@@ -37,9 +38,11 @@ public struct PolicyRegistry: Sendable {
   public func policy(_ spec: PolicySpec) throws(KVError) -> Policy {
     var selection: Selection?
     var stores: [Store] = []
+    // A stage of layers that waits for the store to its right.
+    var choice: (layers: LayerChoice, offset: Int?)?
     for stage in spec.stages {
       let part = try part(for: stage)
-      if !stores.isEmpty, part.stores == false {
+      if !stores.isEmpty, part.choosesTokens {
         throw KVError(
           .invalidOption, "what chooses tokens stands left of what stores them; \(stage.name) stands right",
           offset: stage.offset)
@@ -57,14 +60,37 @@ public struct PolicyRegistry: Sendable {
         } catch {
           throw error.at(offset: stage.offset)
         }
-      case .store(let store): stores.append(store)
+      case .store(let store):
+        if let taken = choice {
+          stores[stores.count - 1] = try stores[stores.count - 1].except(in: taken.layers, store)
+          choice = nil
+        } else {
+          stores.append(store)
+        }
       case .storeModifier(let change):
         do throws(KVError) {
-          stores.append(try change(stores.popLast() ?? .dense(.f16)))
+          guard choice == nil else {
+            throw KVError(
+              .invalidOption, "\(stage.name) changes a store; the one that some layers have is missing to its left")
+          }
+          let last = stores.popLast() ?? .dense(.f16)
+          stores.append(try last.changingLast(change))
         } catch {
           throw error.at(offset: stage.offset)
         }
+      case .layers(let layers):
+        guard !stores.isEmpty, choice == nil else {
+          throw KVError(
+            .invalidOption, "\(stage.name) stands right of the store that some layers do not have", offset: stage.offset
+          )
+        }
+        choice = (layers, stage.offset)
       }
+    }
+    if let choice {
+      throw KVError(
+        .invalidOption, "the store that \(choice.layers.spec) gives to some layers is missing to its right",
+        offset: choice.offset)
     }
     let chosen = selection ?? .everything
     if stores.isEmpty { stores = chosen.stores.isEmpty ? [.dense(.f16)] : chosen.stores }
@@ -94,11 +120,10 @@ public struct PolicyRegistry: Sendable {
 }
 
 extension MethodDescription.Part {
-  /// Whether it is, or changes, what stores tokens.
-  fileprivate var stores: Bool {
+  fileprivate var choosesTokens: Bool {
     switch self {
-    case .store, .storeModifier: true
-    case .selection, .modifier: false
+    case .selection, .modifier: true
+    case .store, .storeModifier, .layers: false
     }
   }
 }

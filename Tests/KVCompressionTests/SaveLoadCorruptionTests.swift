@@ -60,7 +60,7 @@ import Testing
       (25, [1], "first position"), (33, [1], "room for log biases"), (34, [1], "observed columns"),
       (35, [1], "expected rows in"), (35, [9], "body extents"), (43, [0], "expected 3 rows"), (43, [2], "encoding"),
       (43, [255, 255, 255, 255], "extents"), (51, [9], "known encoding"), (52, [1], "known encoding"),
-      (53, [16], "known encoding"), (54, [1], "reserved"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
+      (53, [16], "known encoding"), (54, [1], "known encoding"), (55, [2], "known encoding"), (59, [2], "expected 3 rows"),
       (59, [0], "expected 3 rows"), (67, [2], "room for rows"), (67, [0, 0, 4], "room for rows"),
       (75, [62], "first row"),
       (83, [0, 0, 0xC0, 0x7F], "finite elements"), (83, [0, 0, 0x80, 0xFF], "finite elements"),

@@ -47,6 +47,8 @@ enum SavedCases {
     "snapkv(budget=80,window=8,every=16)+kivi(bits=8,residual=32)", "h2o(budget=0.3)+merge(threshold=-1,keys=rotate)",
     "kvmerger(budget=0.4,every=8)",
     "d2o(skip_first=0,skip_last=0)+kivi(bits=8,residual=32)", "cam(budget=40)+bf16", "two tiers", "ragged heads",
+    "int8", "fp8(scale=head,group=32,metadata=f16)", "h2o(heavy=40,recent=40)+int8(scale=tensor,factor=0.012)",
+    "quant(keys=q4_1,values=int4,value_group=8)", "kivi(bits=2,residual=32)+layers(first=1,last=1)+fp8(format=e5m2)",
   ]
 
   static func policy(_ text: String) throws -> Policy {

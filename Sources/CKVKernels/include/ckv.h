@@ -47,6 +47,36 @@ enum {
     /* Codes without metadata, laid out as CKV_AFFINE_ROW: value = code. Only behind a `ckv_map` that gives them their
      * scale; the functions ckv_mapped_... take such runs, the kernels of a level do not. */
     CKV_CODES_ROW = 7,
+
+    /* Codes of `code` times a scale: one of `dtype` per row and `group` channels, scale[r][ceil(dim/group)]; one per
+     * `group` rows, scale[r / group] (a run then holds whole groups); or `factor` for all. Row r is at byte
+     * r * ckv_row_bytes. */
+    CKV_SCALED_ROW = 3,
+    CKV_SCALED_BLOCK = 4,
+    CKV_SCALED_FIXED = 5,
+
+    /* ggml's blocks of 32 channels, `code` says which, as the bytes of its structs; dim is a multiple of 32. Row r is at
+     * byte r * ckv_row_bytes. */
+    CKV_GGML = 6,
+};
+
+/* What the codes of scaled rows are. The numbers are part of the saved-cache format. */
+enum {
+    CKV_INT8 = 1, /* a signed byte a channel, -127 ... 127 */
+    CKV_INT4 = 2, /* two channels a byte, the first low: -7 ... 7, with 8 added */
+    CKV_E4M3 = 3, /* FP8 without infinity */
+    CKV_E5M2 = 4,
+};
+
+/* ggml's types, by its own numbers. d and m are f16; byte i of q: element i low, i + 16 high; bit i of qh: the fifth
+ * bit of element i. */
+enum {
+    CKV_Q4_0 = 2,    /* d, q[16]: (q - 8) d */
+    CKV_Q4_1 = 3,    /* d, m, q[16]: q d + m */
+    CKV_Q5_0 = 6,    /* d, qh u32, q[16]: (q - 16) d */
+    CKV_Q5_1 = 7,    /* d, m, qh u32, q[16]: q d + m */
+    CKV_Q8_0 = 8,    /* d, i8[32]: q d */
+    CKV_IQ4_NL = 20, /* d, q[16]: value[q] d */
 };
 
 /* Measures of two rows: x.y, the cosine, |x - y|^2, |x + y|^2. */
@@ -54,10 +84,12 @@ enum { CKV_DOT = 0, CKV_COSINE = 1, CKV_DISTANCE = 2, CKV_SUM = 3 };
 
 /* A run of rows of one KV head, one side (keys or values), one encoding, contiguous in memory. */
 typedef struct {
-    uint32_t kind;       /* CKV_DENSE, CKV_AFFINE_CHANNEL, CKV_AFFINE_ROW */
-    uint32_t dtype;      /* dense: element type; affine: type of scale and min */
+    uint32_t kind;       /* CKV_DENSE and so on */
+    uint32_t code;       /* scaled rows and blocks: which */
+    uint32_t dtype;      /* dense: element type; others: type of scale and min */
     uint32_t bits;       /* affine: 2, 3, 4, 8 */
-    uint32_t group;      /* affine: group length */
+    uint32_t group;      /* affine and scaled: group length */
+    float factor;        /* CKV_SCALED_FIXED: the scale */
     uint32_t dim;        /* channels of a row: 1 ... 4096, any number */
     uint32_t rows;       /* rows present */
     int64_t row_stride;  /* dense: elements between rows */
@@ -167,6 +199,13 @@ typedef struct {
     void (*encode_row)(const void *src, uint32_t src_type, size_t src_stride, uint32_t rows, uint32_t dim,
                        uint32_t group, uint32_t bits, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
 
+    /* Encode rows [first, first + count) of a run of scaled rows or blocks, whose memory is written although the run
+     * says const. src: f32 rows, stride floats apart, finite.
+     * Scaled rows: s = max |x| / M (127, 7, 448 or 57344) rounded to dtype, or factor; the code of x / s, rounded to
+     * nearest even and saturated; where s is 0, the code of 0. For CKV_SCALED_BLOCK first and count are multiples of
+     * group. Blocks: the bytes that ggml's reference C writes. */
+    void (*encode_blocks)(const ckv_run *run, uint32_t first, uint32_t count, const float *src, size_t stride);
+
     /* out[i*out_stride + c] = row(first+i)[c] as f32: code * scale + min with one rounding per operation
      * (no fused multiply-add), so that every CPU level gives the same bits. */
     void (*decode)(const ckv_run *run, uint32_t first, uint32_t count, float *out, size_t out_stride);
@@ -245,6 +284,9 @@ const ckv_kernels *ckv_named(const char *name);
 /* Words per row (CKV_AFFINE_ROW) and per group of one channel (CKV_AFFINE_CHANNEL). */
 uint32_t ckv_row_words(uint32_t dim, uint32_t bits);
 uint32_t ckv_group_words(uint32_t group, uint32_t bits);
+/* Bytes of a block of ggml's type `code`, and of a row of scaled codes or blocks. */
+uint32_t ckv_block_bytes(uint32_t code);
+size_t ckv_row_bytes(uint32_t kind, uint32_t code, uint32_t dim);
 
 #ifdef __cplusplus
 }

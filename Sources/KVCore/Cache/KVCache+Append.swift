@@ -61,7 +61,7 @@ extension KVCache {
   }
 
   /// What the columns of the next rows start with; empty when no attention is observed.
-  private func fillSeed(_ state: LayerState) {
+  func fillSeed(_ state: LayerState) {
     let width = observedColumns(state)
     if seed.count != width { seed = Array(repeating: 0, count: width) }
     guard let observer else { return }

@@ -318,7 +318,8 @@ extension KVCache {
         let rows = policy.router.tierRows(kept: middle, of: tokens, layer: state.layer, head: head)
         var bytes = 0
         for (tier, count) in zip(policy.tiers, rows) {
-          bytes += tier.factory.bytes(rows: count, layer: state.shape, observed: observer?.columns ?? 0)
+          bytes += tier.factory(layer: state.layer, of: layers.count)
+            .bytes(rows: count, layer: state.shape, observed: observer?.columns ?? 0)
         }
         if bytes + captured <= share { low = middle } else { high = middle - 1 }
       }

@@ -13,8 +13,7 @@ extension KVCache {
     layers = shape.layers.enumerated().map { index, layer in
       LayerState(
         layer: index, shape: layer,
-        segments: layer.cached
-          ? policy.tiers.map { $0.factory.makeSegment(layer: layer, backend: backend.operations) } : [])
+        segments: policy.makeSegments(layer: index, shape: shape, backend: backend.operations))
     }
   }
 

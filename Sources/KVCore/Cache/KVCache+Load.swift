@@ -85,7 +85,9 @@ extension KVCache {
       let state = LayerState(layer: index, shape: layer, segments: [])
       do throws(KVError) {
         if layer.cached {
-          try state.decode(container, policy: policy, backend: backend.operations) { tier in
+          try state.decode(
+            container, policy: policy, layerCount: shape.layers.count, backend: backend.operations
+          ) { tier in
             zip(groups, storages).first { $0.0.tier == tier && $0.0.layers.contains(index) }
               .flatMap { group, storage in storage.map { (group.factory, $0, shape) } }
           }

@@ -9,7 +9,8 @@ extension KVCache {
         let own = routing.merges.filter {
           $0.head == head && Int(view.reference(head: head, row: $0.target).segment) == index
         }
-        guard !own.isEmpty, let sides = policy.tiers[index].factory.merging else { continue }
+        guard !own.isEmpty, let sides = policy.tiers[index].factory(layer: state.layer, of: layers.count).merging
+        else { continue }
         numbers.append(head)
         heads.append(describe(own, routing, view, segment, sides))
       }

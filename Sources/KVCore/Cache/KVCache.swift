@@ -75,8 +75,7 @@ public final class KVCache {
     layers = shape.layers.enumerated().map { index, layer in
       LayerState(
         layer: index, shape: layer,
-        segments: layer.cached
-          ? policy.tiers.map { $0.factory.makeSegment(layer: layer, backend: backend.operations) } : [])
+        segments: policy.makeSegments(layer: index, shape: shape, backend: backend.operations))
     }
   }
 
@@ -102,7 +101,9 @@ public final class KVCache {
 
   /// Refuses what the backend cannot do for the policy.
   package static func check(_ policy: any CompressionPolicy, backend: any ComputeBackend) throws(KVError) {
-    for tier in policy.tiers { try tier.factory.validate(backend: backend) }
+    for tier in policy.tiers {
+      for factory in tier.factories { try factory.validate(backend: backend) }
+    }
     if let observer = policy.inputs.observer { try backend.require(observer) }
   }
 
@@ -163,7 +164,7 @@ public final class KVCache {
       }
       try rotary.requireStatic()
     }
-    if policy.router.merges, let store = policy.tiers.first(where: { $0.factory.merging == nil }) {
+    if policy.router.merges, let store = policy.tiers.first(where: { $0.factories.contains { $0.merging == nil } }) {
       throw KVError(
         .unsupported, "\(policy.spec) merges rows, which the store \(store.spec.name) cannot hold")
     }
@@ -174,7 +175,11 @@ public final class KVCache {
     }
     try policy.allocator.validate(shape)
     for (index, layer) in shape.layers.enumerated() where layer.cached {
-      for tier in policy.tiers { try tier.factory.validate(layer: layer) }
+      do throws(KVError) {
+        for tier in policy.tiers { try tier.factory(layer: index, of: shape.layers.count).validate(layer: layer) }
+      } catch {
+        throw error.at(layer: index)
+      }
       if let rotary = shape.rotary, rotary.headDim != layer.keyDim {
         throw KVError(
           .shapeMismatch, "rotary embedding of \(rotary.headDim) channels for keys of \(layer.keyDim)",

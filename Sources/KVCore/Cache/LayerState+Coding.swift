@@ -28,7 +28,7 @@ extension LayerState {
 
   /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
   func decode(
-    _ container: ContainerReader, policy: any CompressionPolicy, backend: any ComputeBackend,
+    _ container: ContainerReader, policy: any CompressionPolicy, layerCount: Int, backend: any ComputeBackend,
     joint: (Int) -> (factory: any JointFactory, storage: any JointStorage, shape: ModelShape)?
   ) throws(KVError) {
     var reader = try container.section(SavedCache.layer, index: layer)
@@ -78,7 +78,7 @@ extension LayerState {
             from: &reader, on: joint.storage, layer: layer, shape: joint.shape, tokensSeen: seen, backend: backend))
       } else {
         segments.append(
-          try store.factory.decodeSegment(from: &reader, layer: shape, tokensSeen: seen, backend: backend))
+          try store.factory(layer: layer, of: layerCount).decodeSegment(from: &reader, layer: shape, tokensSeen: seen, backend: backend))
       }
       try reader.finish()
     }

@@ -28,7 +28,7 @@
 ///                         keys · values
 ///                         tokens per slot: maybe capacity count, u32 x slots
 ///   keys, values          body extents count · extents count · per extent:
-///                         ┌ kind ┬ type ┬ bits ┬ 0 ┬ group u32 ┬ rows ┬ capacity ┬ first ┐   u8 each, then counts
+///                         ┌ kind ┬ type ┬ bits ┬ code ┬ group u32 ┬ rows ┬ capacity ┬ first ┐   u8 each, then counts
 ///                         0      1      2      3   4           8      16         24      32
 ///                         ┌ u8 whose numbers per channel, and they ┐   encoded rows of formats that rotate or scale
 ///                         ┌ elements or codes of the rows ┬ scales ┬ minima ┐   as they are, not encoded again

@@ -29,6 +29,8 @@ public struct Store: Sendable {
   /// The modifiers applied to it, in order.
   public private(set) var modifiers: [StageSpec] = []
   package private(set) var factory: any SegmentFactory
+  /// Stores that take the place of this one in some layers. The first that names a layer counts.
+  package private(set) var exceptions: [(layers: LayerChoice, store: Store)] = []
 
   package init(spec: StageSpec, factory: any SegmentFactory) {
     self.spec = spec
@@ -46,6 +48,56 @@ public struct Store: Sendable {
     result.factory = factory
     result.modifiers.append(modifier)
     return result
+  }
+
+  /// The same store, but for some layers, which `store` holds.
+  ///
+  /// `kivi(bits=2)+layers(first=2,last=2)+kivi(bits=8)` in a policy text. Layers named more than once belong to the
+  /// first exception that names them.
+  ///
+  /// - Throws: `invalidOption` when `store` has exceptions of its own, for which there is no text.
+  public func except(in layers: LayerChoice, _ store: Store) throws(KVError) -> Store {
+    guard store.exceptions.isEmpty else {
+      throw KVError(.invalidOption, "a store for some layers has no exceptions of its own; add them to the other store")
+    }
+    var result = self
+    result.exceptions.append((layers, store))
+    return result
+  }
+
+  /// The store with a change to what stands last in its text: itself, or its last exception.
+  package func changingLast(_ change: (Store) throws(KVError) -> Store) throws(KVError) -> Store {
+    guard let last = exceptions.last else { return try change(self) }
+    var result = self
+    result.exceptions[exceptions.count - 1].store = try last.store.changingLast(change)
+    return result
+  }
+
+  /// The text of the store and its modifiers, its exceptions behind it.
+  public var stages: [StageSpec] {
+    [spec] + modifiers + exceptions.flatMap { [$0.layers.spec] + $0.store.stages }
+  }
+
+  /// What holds the rows of any layer.
+  package var factories: [any SegmentFactory] { [factory] + exceptions.flatMap(\.store.factories) }
+
+  /// What holds the rows of one layer.
+  package func factory(layer: Int, of count: Int) -> any SegmentFactory {
+    if exceptions.isEmpty { return factory }
+    let exception = exceptions.first { $0.layers.contains(layer, of: count) }
+    return exception?.store.factory(layer: layer, of: count) ?? factory
+  }
+}
+
+extension CompressionPolicy {
+  /// Empty segments of every tier for one layer.
+  package func makeSegments(
+    layer: Int, shape: ModelShape, backend: any ComputeBackend
+  ) -> [any Segment] {
+    if !shape.layers[layer].cached { return [] }
+    return tiers.map {
+      $0.factory(layer: layer, of: shape.layers.count).makeSegment(layer: shape.layers[layer], backend: backend)
+    }
   }
 }
 
@@ -107,7 +159,7 @@ public struct Policy: CompressionPolicy {
   }
 
   public var spec: PolicySpec {
-    PolicySpec(stages: (selection.spec.map { [$0] } ?? []) + selection.modifiers + tiers.flatMap { [$0.spec] + $0.modifiers })
+    PolicySpec(stages: (selection.spec.map { [$0] } ?? []) + selection.modifiers + tiers.flatMap(\.stages))
   }
   public var scorer: (any Scorer)? { selection.scorer }
   public var budget: Budget { selection.budget }

@@ -10,6 +10,8 @@ public struct MethodDescription: Sendable {
     case storeModifier = "store modifier"
     /// Stores them: stands last. Several stores are the tiers of one policy, in order.
     case store
+    /// Stands between two stores: the right one takes some layers of the left one.
+    case layers
   }
 
   /// What a method's options make.
@@ -18,6 +20,7 @@ public struct MethodDescription: Sendable {
     case modifier(@Sendable (Selection) throws(KVError) -> Selection)
     case store(Store)
     case storeModifier(@Sendable (Store) throws(KVError) -> Store)
+    case layers(LayerChoice)
   }
 
   /// One documented option.

@@ -73,6 +73,10 @@ extension LayerGroup {
   package static func all(_ policy: any CompressionPolicy, shape: ModelShape) throws(KVError) -> [LayerGroup] {
     var groups: [LayerGroup] = []
     for (tier, store) in policy.tiers.enumerated() {
+      if !store.exceptions.isEmpty, store.holdsLayersTogether {
+        throw KVError(
+          .unsupported, "\(store.spec) holds layers together; none of them can have another store, nor be one")
+      }
       guard let factory = store.factory as? any JointFactory else { continue }
       var taken = Set<Int>()
       for layers in try factory.groups(of: shape) {
@@ -92,5 +96,12 @@ extension LayerGroup {
       }
     }
     return groups
+  }
+}
+
+extension Store {
+  /// Whether rows of several layers lie together, here or in an exception.
+  fileprivate var holdsLayersTogether: Bool {
+    factory is any JointFactory || exceptions.contains { $0.store.holdsLayersTogether }
   }
 }

@@ -2,12 +2,16 @@
 ///
 /// Dense rows are elements of one type. Affine rows are integer codes with a scale and a minimum per group:
 /// `value = code * scale + minimum`, `scale = (max - min) / (2^bits - 1)`, codes rounded to nearest even
-/// (primitive P1 of KIVI, GEAR, ZipCache and MiKV).
+/// (primitive P1 of KIVI, GEAR, ZipCache and MiKV). Scaled rows are signed integers or FP8 numbers times a scale,
+/// `scale = max|value| / largest code`. ggml rows are the bytes of ggml's block structs.
 public struct RowEncoding: Hashable, Sendable {
   /// Numbers shared with the kernels and the saved-cache format.
   package enum Kind: UInt8, Sendable {
     case dense = 0, affinePerChannel = 1, affinePerToken = 2
-    /// 3 to 6 are scaled integers, floats and ggml's blocks.
+    /// Codes with a scale per token and group of channels, per block of tokens, or one that was given.
+    case scaledPerToken = 3, scaledPerBlock = 4, scaledFixed = 5
+    case ggml = 6
+    /// Codes whose scale and minimum a map in front of them holds.
     case codes = 7
   }
 
@@ -16,14 +20,20 @@ public struct RowEncoding: Hashable, Sendable {
   package let type: ElementType
   /// Bits of a code; for dense rows the bits of an element.
   public let bits: Int
-  /// Affine: rows (per channel) or channels (per token) that share a scale and minimum. Dense: 1.
+  /// Rows or channels that share a scale (and minimum). Dense, or with a scale that was given: 1.
   public let group: Int
+  /// What the codes of scaled rows are, or ggml's number of a block type. 0: neither.
+  package let code: UInt8
+  /// The scale of scaled rows that was given. 1 elsewhere.
+  package let factor: Float
 
-  private init(kind: Kind, type: ElementType, bits: Int, group: Int) {
+  init(kind: Kind, type: ElementType, bits: Int, group: Int, code: UInt8 = 0, factor: Float = 1) {
     self.kind = kind
     self.type = type
     self.bits = bits
     self.group = group
+    self.code = code
+    self.factor = factor
   }
 
   /// Rows as they are, in `type`.
@@ -71,45 +81,87 @@ public struct RowEncoding: Hashable, Sendable {
     }
   }
 
+  /// The field of a saved cache that is the group, or the bits of the scale that was given.
+  package var groupField: UInt32 { kind == .scaledFixed ? factor.bitPattern : UInt32(group) }
+
   /// Rebuilds an encoding from a saved cache. Nil when the numbers describe none.
-  package init?(kind: UInt8, type: UInt8, bits: Int, group: Int) {
+  package init?(kind: UInt8, type: UInt8, bits: Int, code: UInt8, groupField: UInt32) {
     guard let kind = Kind(rawValue: kind), let type = ElementType(rawValue: type) else { return nil }
+    let group = Int(groupField)
     let made: RowEncoding?
     switch kind {
-    case .dense: made = group == 1 && bits == type.byteCount * 8 ? .dense(type) : nil
+    case .dense: made = group == 1 ? .dense(type) : nil
     case .affinePerChannel: made = try? .affinePerChannel(bits: bits, group: group, metadata: type)
     case .affinePerToken: made = try? .affinePerToken(bits: bits, group: group, metadata: type)
     case .codes: made = group == 1 ? try? .codes(bits: bits, metadata: type) : nil
+    case .scaledPerToken:
+      made = ScaledCode(rawValue: code).flatMap { try? .scaledPerToken($0, group: group, metadata: type) }
+    case .scaledPerBlock:
+      made = ScaledCode(rawValue: code).flatMap { try? .scaledPerBlock($0, tokens: group, metadata: type) }
+    case .scaledFixed:
+      made = ScaledCode(rawValue: code).flatMap { try? .scaled($0, by: Float(bitPattern: groupField)) }
+    case .ggml: made = GGMLBlock(rawValue: code).map { .ggml($0) }
     }
-    guard let made else { return nil }
+    // What the factories derive must be what was written.
+    guard let made, made.type == type, made.bits == bits, made.code == code, made.groupField == groupField else {
+      return nil
+    }
     self = made
   }
 
-  /// Rows that can only be written, moved and removed together.
-  package var rowsPerUnit: Int { kind == .affinePerChannel ? group : 1 }
+  /// Tokens that can only be encoded together.
+  public var tokensPerUnit: Int { rowsPerUnit }
 
-  /// Bytes of codes or elements of `rows` rows of `dim` channels.
+  /// Element type of scales and minima; of dense rows that of the elements.
+  public var metadataType: ElementType { type }
+
+  /// Rows that can only be written, moved and removed together.
+  package var rowsPerUnit: Int { kind == .affinePerChannel || kind == .scaledPerBlock ? group : 1 }
+
+  /// Bytes of codes, elements or blocks of `rows` rows of `dim` channels.
   package func payloadBytes(rows: Int, dim: Int) -> Int {
     switch kind {
     case .dense: rows * dim * type.byteCount
     case .affinePerChannel: rows * dim * bits / 8
     case .affinePerToken, .codes: rows * RowEncoding.wordsPerRow(dim: dim, bits: bits) * 4
+    case .scaledPerToken, .scaledPerBlock, .scaledFixed: rows * ((dim * bits + 7) / 8)
+    case .ggml: rows * (dim / GGMLBlock.channels) * (block?.byteCount ?? 0)
     }
   }
 
-  /// Bytes of the scales of `rows` rows; the minima take as many.
+  /// Bytes of the scales of `rows` rows that lie behind the payload.
   package func scaleBytes(rows: Int, dim: Int) -> Int {
     switch kind {
-    case .dense, .codes: 0
+    case .dense, .codes, .scaledFixed, .ggml: 0
     case .affinePerChannel: rows / group * dim * type.byteCount
-    case .affinePerToken: rows * ((dim + group - 1) / group) * type.byteCount
+    case .affinePerToken, .scaledPerToken: rows * ((dim + group - 1) / group) * type.byteCount
+    case .scaledPerBlock: rows / group * type.byteCount
     }
   }
 
-  package func metadataBytes(rows: Int, dim: Int) -> Int { 2 * scaleBytes(rows: rows, dim: dim) }
+  /// Bytes of the minima of `rows` rows, behind the scales.
+  package func minimumBytes(rows: Int, dim: Int) -> Int {
+    kind == .affinePerChannel || kind == .affinePerToken ? scaleBytes(rows: rows, dim: dim) : 0
+  }
+
+  /// Scales and minima, also those that lie inside the payload.
+  package func metadataBytes(rows: Int, dim: Int) -> Int {
+    if let block { return rows * (dim / GGMLBlock.channels) * block.metadataBytes }
+    return scaleBytes(rows: rows, dim: dim) + minimumBytes(rows: rows, dim: dim)
+  }
 
   package func bytes(rows: Int, dim: Int) -> Int {
-    payloadBytes(rows: rows, dim: dim) + metadataBytes(rows: rows, dim: dim)
+    payloadBytes(rows: rows, dim: dim) + scaleBytes(rows: rows, dim: dim) + minimumBytes(rows: rows, dim: dim)
+  }
+
+  /// Refuses rows of a length that the encoding does not have.
+  package func validate(dim: Int, of what: String) throws(KVError) {
+    guard kind != .ggml || dim % GGMLBlock.channels == 0 else {
+      throw KVError(
+        .unsupported,
+        "\(self) blocks hold \(GGMLBlock.channels) channels; a head of \(dim) channels (\(what)) is no multiple of that"
+      )
+    }
   }
 
   /// 32-bit words of one per-token row. Three-bit codes are a plane of two bits and a plane of one.
@@ -125,6 +177,12 @@ extension RowEncoding: CustomStringConvertible {
     case .affinePerChannel: "affine \(bits)-bit per channel, \(group) tokens, \(type.name) scale and min"
     case .codes: "\(bits)-bit codes with a \(type.name) scale and min per channel"
     case .affinePerToken: "affine \(bits)-bit per token, \(group) channels, \(type.name) scale and min"
+    case .scaledPerToken:
+      group == RowEncoding.wholeRow
+        ? "\(codeName) per token, \(type.name) scale" : "\(codeName) per token, \(group) channels, \(type.name) scale"
+    case .scaledPerBlock: "\(codeName) per \(group) tokens, \(type.name) scale"
+    case .scaledFixed: "\(codeName) times \(factor)"
+    case .ggml: codeName
     }
   }
 }

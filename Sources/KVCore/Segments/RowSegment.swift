@@ -28,6 +28,11 @@ package final class RowSegment: Segment {
   }
 
   package var kvHeads: Int { heads.count }
+  func rows(_ head: Int) -> HeadRows { heads[head] }
+  func withRows(_ head: Int, _ body: (inout HeadRows) throws(KVError) -> Void) throws(KVError) {
+    try body(&heads[head])
+  }
+  func withRows(_ head: Int, _ body: (inout HeadRows) -> Void) { body(&heads[head]) }
   package func slotCount(head: Int) -> Int { heads[head].slots }
   package func liveCount(head: Int) -> Int { heads[head].live }
   package func position(head: Int, slot: Int) -> Int { heads[head].positions[slot] }
@@ -410,8 +415,8 @@ package struct RowFormat: SegmentFactory, Hashable {
   package var merging: MergingSides? { MergingSides(keys: keys, values: values) }
 
   package func validate(layer: LayerShape) throws(KVError) {
-    try keys.validate(dim: layer.keyDim)
-    try values.validate(dim: layer.valueDim)
+    try keys.validate(dim: layer.keyDim, of: "keys")
+    try values.validate(dim: layer.valueDim, of: "values")
   }
 
   package func rotated(

@@ -82,7 +82,9 @@ extension RowStore {
     guard let fixedMap, let type = format.body?.type else { throw reader.corrupt("expected rows without a map") }
     let rows = format.map.scaling.numbers
     var bytes = try reader.raw(rows * dim * type.byteCount, "numbers per channel")
-    try Extent.checkFinite(bytes, type, "numbers per channel", &reader)
+    guard RowEncoding.isFinite(bytes, type) else {
+      throw reader.corrupt("expected finite numbers per channel before this byte; found NaN or infinity")
+    }
     let buffer = try backend.allocate(byteCount: bytes.count, hostVisible: false)
     swapToLittleEndian(&bytes, from: 0, width: type.byteCount)
     bytes.withUnsafeBytes { raw in
@@ -116,15 +118,16 @@ extension Extent {
   /// byte order would reverse.
   private func parts(dim: Int) -> [(address: UnsafeMutableRawPointer, bytes: Int, width: Int)] {
     let run = run(dim: dim)
-    let codes = (
-      run.base + encoding.payloadBytes(rows: first, dim: dim), encoding.payloadBytes(rows: rows, dim: dim),
-      encoding.kind == .dense ? encoding.type.byteCount : 4
-    )
-    if encoding.kind == .dense { return [codes] }
-    let skipped = encoding.scaleBytes(rows: first, dim: dim)
-    let bytes = encoding.scaleBytes(rows: rows, dim: dim)
     let width = encoding.type.byteCount
-    return [codes, (run.scales + skipped, bytes, width), (run.minima + skipped, bytes, width)]
+    let parts: [(address: UnsafeMutableRawPointer, bytes: Int, width: Int)] = [
+      (
+        run.base + encoding.payloadBytes(rows: first, dim: dim),
+        bytes: encoding.payloadBytes(rows: rows, dim: dim), width: encoding.payloadWidth
+      ),
+      (run.scales + encoding.scaleBytes(rows: first, dim: dim), encoding.scaleBytes(rows: rows, dim: dim), width),
+      (run.minima + encoding.minimumBytes(rows: first, dim: dim), encoding.minimumBytes(rows: rows, dim: dim), width),
+    ]
+    return parts.filter { $0.bytes > 0 }
   }
 
   fileprivate func encode(
@@ -133,14 +136,14 @@ extension Extent {
     writer.u8(encoding.kind.rawValue)
     writer.u8(encoding.type.rawValue)
     writer.u8(UInt8(encoding.bits))
-    writer.u8(0)
-    writer.u32(UInt32(encoding.group))
+    writer.u8(encoding.code)
+    writer.u32(encoding.groupField)
     writer.count(rows)
     writer.count(capacity)
     writer.count(first)
     if let source { writer.u8(source.rawValue) }
     if source == .own { map?.encodeNumbers(to: &writer, backend: backend) }
-    for part in parts(dim: dim) where part.bytes > 0 {
+    for part in parts(dim: dim) {
       var host = [UInt8](unsafeUninitializedCapacity: part.bytes) { buffer, filled in
         if let base = buffer.baseAddress { backend.copy(from: part.address, toHost: base, byteCount: part.bytes) }
         filled = part.bytes
@@ -174,14 +177,14 @@ extension Extent {
     let map =
       encoding.kind == .dense
       ? nil : try store.map(from: &reader, shared: shared, previous: previous, backend: backend)
-    let codes = try reader.raw(encoding.payloadBytes(rows: rows, dim: dim), "rows")
-    if encoding.kind == .dense { try Extent.checkFinite(codes, encoding.type, "elements", &reader) }
-    var data = [codes]
-    if encoding.kind != .dense {
-      for name in ["scales", "minima"] {
-        let bytes = try reader.raw(encoding.scaleBytes(rows: rows, dim: dim), name)
-        try Extent.checkFinite(bytes, encoding.type, name, &reader)
-        data.append(bytes)
+    var data = [try reader.raw(encoding.payloadBytes(rows: rows, dim: dim), "rows")]
+    try encoding.checkPayload(data[0]) { message in reader.corrupt(message) }
+    for (name, bytes) in [
+      ("scales", encoding.scaleBytes(rows: rows, dim: dim)), ("minima", encoding.minimumBytes(rows: rows, dim: dim)),
+    ] where bytes > 0 {
+      data.append(try reader.raw(bytes, name))
+      guard RowEncoding.isFinite(data[data.count - 1], encoding.type) else {
+        throw reader.corrupt("expected finite \(name) before this byte; found NaN or infinity")
       }
     }
 
@@ -204,11 +207,11 @@ extension Extent {
     let kind = try reader.u8("the kind of an encoding")
     let type = try reader.u8("an element type")
     let bits = try reader.u8("the bits of a code")
-    let zero = try reader.u8("a reserved 0")
+    let code = try reader.u8("the code of an encoding")
     let group = try reader.u32("the group of an encoding")
-    guard zero == 0 else { throw start.corrupt("expected 0 in a reserved field; found \(zero)") }
-    guard let encoding = RowEncoding(kind: kind, type: type, bits: Int(bits), group: Int(group)) else {
-      throw start.corrupt("expected a known encoding; found kind \(kind), type \(type), \(bits) bits, group \(group)")
+    guard let encoding = RowEncoding(kind: kind, type: type, bits: Int(bits), code: code, groupField: group) else {
+      throw start.corrupt(
+        "expected a known encoding; found kind \(kind), type \(type), \(bits) bits, code \(code), group \(group)")
     }
     // What was decoded again after most of its group was dropped lies dense in the body.
     let dense = RowEncoding.dense(format.window)
@@ -219,18 +222,70 @@ extension Extent {
     }
     return encoding
   }
+}
 
-  fileprivate static func checkFinite(
-    _ bytes: [UInt8], _ type: ElementType, _ what: String, _ reader: inout ByteReader
-  ) throws(KVError) {
-    let finite = bytes.withUnsafeBytes { raw in
+extension RowEncoding {
+  /// Bytes of the payload that a machine of the other byte order would reverse.
+  fileprivate var payloadWidth: Int {
+    switch kind {
+    case .dense: type.byteCount
+    case .affinePerChannel, .affinePerToken, .codes: 4
+    case .scaledPerToken, .scaledPerBlock, .scaledFixed, .ggml: 1
+    }
+  }
+
+  /// Refuses elements, FP8 codes and block scales that are not finite.
+  ///
+  /// - Parameter failure: makes the error of a message.
+  package func checkPayload(_ bytes: [UInt8], _ failure: (String) -> KVError) throws(KVError) {
+    switch kind {
+    case .dense:
+      guard RowEncoding.isFinite(bytes, type) else {
+        throw failure("expected finite elements before this byte; found NaN or infinity")
+      }
+    case .ggml, .scaledPerToken, .scaledPerBlock, .scaledFixed:
+      let index = bytes.withUnsafeBytes { firstNonfinite($0) }
+      if let index { throw failure("expected finite \(self) rows; byte \(index) of \(bytes.count) is NaN or infinity") }
+    case .affinePerChannel, .affinePerToken, .codes: return
+    }
+  }
+
+  /// The byte of the first element, FP8 code or block scale that is not finite, of dense rows or rows of codes or blocks.
+  package func firstNonfinite(_ bytes: UnsafeRawBufferPointer) -> Int? {
+    if kind == .dense {
+      let width = type.byteCount
+      let exponent: UInt32 = type == .f16 ? 0x7C00 : type == .bf16 ? 0x7F80 : 0x7F80_0000
+      return stride(from: 0, to: bytes.count, by: width).first { at in
+        let bits =
+          width == 4
+          ? UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: at, as: UInt32.self))
+          : UInt32(UInt16(littleEndian: bytes.loadUnaligned(fromByteOffset: at, as: UInt16.self)))
+        return bits & exponent == exponent
+      }
+    }
+    if let block {
+      for start in stride(from: 0, to: bytes.count, by: block.byteCount) {
+        for half in 0..<block.halves {
+          let bits = UInt16(littleEndian: bytes.loadUnaligned(fromByteOffset: start + 2 * half, as: UInt16.self))
+          if bits & 0x7C00 == 0x7C00 { return start + 2 * half }
+        }
+      }
+    }
+    switch scaledCode {
+    case .e4m3: return bytes.firstIndex { $0 & 0x7F == 0x7F }
+    case .e5m2: return bytes.firstIndex { $0 & 0x7C == 0x7C }
+    default: return nil
+    }
+  }
+
+  package static func isFinite(_ bytes: [UInt8], _ type: ElementType) -> Bool {
+    bytes.withUnsafeBytes { raw in
       switch type {
       case .f32: allBelow(0x7F80_0000 as UInt32, raw)
       case .bf16: allBelow(0x7F80 as UInt16, raw)
       default: allBelow(0x7C00 as UInt16, raw)
       }
     }
-    guard finite else { throw reader.corrupt("expected finite \(what) before this byte; found NaN or infinity") }
   }
 
   /// Whether no number has all bits of `exponent` set. No early end, so that it runs as fast as memory.

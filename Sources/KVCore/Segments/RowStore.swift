@@ -134,6 +134,49 @@ package struct RowStore {
     return result
   }
 
+  /// Room for `count` rows that come encoded as the store's rows end. They appear only with `commit`; the tail of a store
+  /// with a body is empty.
+  package mutating func makeRoom(_ count: Int, _ room: inout RoomForRows, backend: any ComputeBackend) throws(KVError) {
+    guard let encoding = format.body else {
+      try reserve(count, backend: backend, into: &room.slices)
+      return
+    }
+    precondition(tailRows == 0 && encoding.rowsPerUnit == 1, "\(tailRows) dense rows before encoded ones")
+    if bodyExtents > 0, extents[bodyExtents - 1].encoding == encoding,
+      isKnownUniquelyReferenced(&extents[bodyExtents - 1].buffer)
+    {
+      let last = extents[bodyExtents - 1]
+      room.inLast = min(count, last.room)
+      if room.inLast > 0 {
+        room.slices.append(RunSlice(run: last.run(dim: dim), first: last.first + last.rows, count: room.inLast))
+      }
+    }
+    var left = count - room.inLast
+    while left > 0 {
+      let taken = min(left, RowStore.extentRows(encoding, dim: dim))
+      var extent = try Extent(
+        encoding: encoding, capacity: max(taken, format.growth), dim: dim, backend: backend)
+      extent.rows = taken
+      room.slices.append(RunSlice(run: extent.run(dim: dim), first: 0, count: taken))
+      room.fresh.append(extent)
+      left -= taken
+    }
+  }
+
+  /// Makes the rows of that room part of the store.
+  package mutating func commit(_ room: RoomForRows) {
+    if format.body == nil {
+      commit(room.slices[...])
+      return
+    }
+    let count = room.slices.reduce(0) { $0 + $1.count }
+    if room.inLast > 0 { extents[bodyExtents - 1].rows += room.inLast }
+    extents.insert(contentsOf: room.fresh, at: bodyExtents)
+    bodyExtents += room.fresh.count
+    bodyRows += count
+    rows += count
+  }
+
   // MARK: Reading
 
   /// Appends the slices that hold `range`, in row order.

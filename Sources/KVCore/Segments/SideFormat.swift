@@ -92,7 +92,10 @@ public struct SideFormat: Hashable, Sendable {
   }
 
   /// What rows of `dim` channels must be for this format.
-  package func validate(dim: Int) throws(KVError) { try map.rotation?.validate(dim: dim) }
+  package func validate(dim: Int, of what: String) throws(KVError) {
+    try map.rotation?.validate(dim: dim)
+    try body?.validate(dim: dim, of: what)
+  }
 
   /// All rows of a prompt encoded at once; later ones dense until `count` are complete, or until the policy chooses.
   ///
@@ -121,7 +124,7 @@ public struct SideFormat: Hashable, Sendable {
   /// The smallest range among everything that will hold a row: f16 minima overflow as f16 rows do, and a rotation can
   /// gather a row in one channel.
   package func range(dim: Int) -> ElementRange {
-    guard let body else { return .window }
+    guard let body, body.kind != .scaledFixed else { return .window }
     guard let rotation = map.rotation else { return body.type == .f16 || window == .f16 ? .half : .halfOfFloat }
     let growth = Float(rotation.block(dim: dim)).squareRoot()
     let largest = body.type == .f16 ? body.type.largestFinite : Float.greatestFiniteMagnitude / 2

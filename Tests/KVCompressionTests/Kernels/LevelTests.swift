@@ -10,13 +10,22 @@ import Testing
     + [2, 3, 4, 8].flatMap { bits in
       ["f16", "bf16", "f32"].map { "kivi(bits=\(bits),residual=32,window=f32,metadata=\($0))" }
     }
+    + [
+      "int8(window=f32)", "int8(scale=head,group=32,window=f32)", "int8(group=16,metadata=f16,window=f32)",
+      "int8(format=int4,window=f32)", "int8(format=int4,group=32,metadata=bf16,window=f32)",
+      "int8(scale=tensor,factor=0.1,window=f32)", "fp8(window=f32)", "fp8(format=e5m2,scale=token,window=f32)",
+      "fp8(scale=head,group=64,metadata=f16,window=f32)", "fp8(scale=token,group=24,window=f32)",
+      "ggml(keys=q8_0,values=q8_0)", "ggml(keys=q5_0,values=q5_0)", "ggml(keys=q5_1,values=q5_1)",
+      "ggml(keys=q4_0,values=q4_0)", "ggml(keys=q4_1,values=q4_1)", "ggml(keys=iq4_nl,values=iq4_nl)",
+    ]
   static let dims = [1, 2, 7, 8, 15, 16, 17, 33, 40, 63, 67, 129]
 
   /// Codes and metadata, so decoded rows, are the same bits at every level; attention agrees with f64.
   @Test(arguments: stores)
   func everyLevel(store: String) throws {
-    withEvery("dim", in: Self.dims) { dim in
-      let geometry = Geometry(2 * (1 + dim % 3), 2, dim, max(1, 130 - dim))
+    withEvery("dim", in: store.hasPrefix("ggml") ? [32, 64, 96, 128, 160] : Self.dims) { dim in
+      let other = store.hasPrefix("ggml") ? 192 - dim : max(1, 130 - dim)
+      let geometry = Geometry(2 * (1 + dim % 3), 2, dim, other)
       let traffic = Self.rough(geometry.shape(), tokens: 71, seed: UInt64(dim))
       var expected: [HeadContents]?
       withEvery("level", in: Backend.cpuLevels.reversed()) { level in

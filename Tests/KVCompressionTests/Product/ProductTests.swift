@@ -27,7 +27,12 @@ import Testing
     .flatMap { ["snapkv(budget=0.4,window=5,kernel=3)+\($0)", "h2o(budget=24)+\($0)"] }
   static let stores =
     PolicyRegistry.standard.methods.filter { $0.role == .store }.flatMap(texts) + [
-      "kivi(key_bits=3,value_bits=2,residual=64)"
+      "kivi(key_bits=3,value_bits=2,residual=64)", "int8(scale=head,group=32)",
+      "int8(format=int4,group=16,metadata=f16)",
+      "int8(scale=tensor,factor=0.016)", "fp8(scale=token)", "fp8(key_format=e5m2,value_scale=head,value_group=32)",
+      "ggml(keys=q5_1,values=iq4_nl)", "ggml(keys=dense,values=q4_1)", "ggml(keys=q4_0,values=q5_0,residual=7)",
+      "quant(keys=q8_0,values=int4)", "quant(keys=token,key_bits=3,values=f16)",
+      "kivi(bits=2,residual=32)+layers(first=1,last=0)+ggml(keys=q4_0)",
     ]
 
   /// Schedules a selection may be asked for.
@@ -61,7 +66,7 @@ import Testing
     withEvery("selection", in: Self.selections) { text in
       let made = try Self.policy(text, store)
       withEvery("schedule", in: Self.schedules(made.selection)) { name, schedule in
-        let geometry = Geometry.all[turn % Geometry.all.count]
+        let geometry = try Geometry.all[turn % Geometry.all.count].fitting(made)
         turn += 1
         labelled("\(store), \(geometry)") {
           try Self.life(
@@ -77,8 +82,9 @@ import Testing
   func shapes(store: String) throws {
     withEvery("geometry", in: Geometry.all) { geometry in
       withEvery("selection", in: ["", "h2o(budget=20)+"]) { selection in
+        let policy = try PolicyRegistry.standard.policy(selection + store)
         try Self.life(
-          PolicyRegistry.standard.policy(selection + store), geometry, prompt: 61, decoded: 12, chunk: 23,
+          policy, geometry.fitting(policy), prompt: 61, decoded: 12, chunk: 23,
           oracle: true)
       }
     }

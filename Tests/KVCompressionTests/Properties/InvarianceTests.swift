@@ -8,7 +8,8 @@ import Testing
     "f32", "f16", "bf16", "kivi(bits=2,residual=32)", "kivi(bits=3,residual=32)", "kivi(bits=4,residual=64)",
     "kivi(bits=8,residual=32)", "streaming(sinks=2,recent=21,positions=keep)+f32", "h2o(budget=0.3)+f16",
     "h2o(heavy=20,recent=19)+kivi(bits=4,residual=32)", "snapkv(budget=31,window=6)+f32",
-    "snapkv(budget=40,window=6)+kivi(residual=32)",
+    "snapkv(budget=40,window=6)+kivi(residual=32)", "int8", "fp8(scale=token)", "int8(scale=head,group=32)",
+    "h2o(heavy=20,recent=19)+int8(format=int4)", "h2o(budget=40)+int8(scale=head,group=32)",
   ]
   static let geometry = Geometry(4, 2, 40, 33)
 

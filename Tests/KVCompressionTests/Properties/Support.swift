@@ -127,6 +127,15 @@ struct Geometry: CustomStringConvertible {
     ModelShape(layers: Array(repeating: layer(), count: layers))
   }
 
+  /// The same, or with head sizes that are multiples of 32 where a store of the policy refuses others.
+  func fitting(_ policy: Policy) throws -> Geometry {
+    let backend = try Backend.cpu(threads: 1)
+    let made = Result { () throws(KVError) in try KVCache(shape: shape(layers: 2), policy: policy, backend: backend) }
+    guard case .failure(let error) = made else { return self }
+    guard error.code == .unsupported, error.message.contains("no multiple") else { throw error }
+    return Geometry(queryHeads, kvHeads, (keyDim + 31) / 32 * 32, (valueDim + 31) / 32 * 32)
+  }
+
   /// GQA of 1, 2, 4 and 16, one KV head, odd head sizes, values of another size than keys.
   static let all = [
     Geometry(2, 2, 40), Geometry(4, 2, 67), Geometry(4, 1, 24, 40), Geometry(16, 1, 16, 9), Geometry(6, 3, 8, 33),

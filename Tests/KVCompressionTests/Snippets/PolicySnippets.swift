@@ -158,10 +158,32 @@ struct AdaptiveHeads: Allocator {
     let mixed = Policy(
       try .h2o(budget: .fraction(1)).tiers(shares: TierShares([0.1, 0.3, 0.6])),
       tiers: [.dense(.f16), try .kivi(keyBits: 4), try .kivi(keyBits: 2)])
+    let int8 = Policy(store: try .int8(values: ScaledSide(.int4, sharing: .token(group: 32)), metadata: .f16))
+    let fp8 = Policy(store: try .fp8(keys: ScaledSide(.e5m2, sharing: .tensor(1))))
+    let ggml = Policy(store: try .ggml(keys: .q8_0, values: .q4_0))
+    let quant = Policy(store: try .quant(keys: .channel(bits: 4, group: 64), values: .ggml(.iq4_nl)))
+    let edges = try Store.kivi(keyBits: 2).except(in: LayerChoice(first: 2, last: 2), .kivi(keyBits: 8))
 
-    for policy in [dense, streaming, h2o, snapKV, kivi, cst, rotated, both, mixed] {
+    for policy in [
+      dense, streaming, h2o, snapKV, kivi, cst, rotated, both, mixed, int8, fp8, ggml, quant, Policy(store: edges),
+    ] {
       #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
     }
+  }
+
+  @Test func blocksOfAnEngine() throws {
+    let shape = ModelShape(layerCount: 1, queryHeads: 4, kvHeads: 2, headDim: 64)
+    // [token][head][2 blocks], all zero: scales of 0.
+    let keyBlocks = [UInt8](repeating: 0, count: 5 * 2 * 2 * 34)
+    let valueBlocks = [UInt8](repeating: 0, count: 5 * 2 * 2 * 18)
+    let store = try Store.ggml(keys: .q8_0, values: .q4_0)
+    let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: .cpu())
+    try cache.append(
+      layer: 0,
+      keys: EncodedRows(keyBlocks.span, .ggml(.q8_0), heads: 2, tokens: 5, dim: 64, layout: .tokenMajor),
+      values: EncodedRows(valueBlocks.span, .ggml(.q4_0), heads: 2, tokens: 5, dim: 64, layout: .tokenMajor))
+    let held = try cache.encodedRows(layer: 0, head: 1)
+    #expect(held.keys == Array(keyBlocks[..<(5 * 2 * 34)]) && held.positions == [0, 1, 2, 3, 4])
   }
 
   @Test func texts() throws {

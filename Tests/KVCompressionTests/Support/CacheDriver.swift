@@ -180,7 +180,7 @@ struct EncodedBody: Equatable {
       minima += EncodedBody.numbers(run.minima + skipped, metadata, encoding.type)
       rows += extent.rows
       payloadBytes += payload
-      metadataBytes += 2 * metadata
+      metadataBytes += metadata + encoding.minimumBytes(rows: extent.rows, dim: store.dim)
     }
   }
 

@@ -213,9 +213,9 @@ import Testing
     expectError(.invalidOption, "power of two") { _ = try registry.policy("kivi+rotated(key_block=12)") }
     expectError(.invalidOption, "stands right") { _ = try registry.policy("kivi+rotated+h2o") }
     let odd = ModelShape(layerCount: 1, queryHeads: 1, kvHeads: 1, headDim: 67)
-    expectError(.unsupported, "even number of channels") { _ = try makeCache("kivi+rotated", odd) }
+    expectError(.unsupported, "even number of channels", layer: 0) { _ = try makeCache("kivi+rotated", odd) }
     let small = ModelShape(layerCount: 1, queryHeads: 1, kvHeads: 1, headDim: 96)
-    expectError(.unsupported, "96", "64") { _ = try makeCache("kivi+rotated(value_block=64)", small) }
+    expectError(.unsupported, "96", "64", layer: 0) { _ = try makeCache("kivi+rotated(value_block=64)", small) }
   }
 
   /// A row whose rotation would not fit f16 metadata is refused when it comes; NaN as always.

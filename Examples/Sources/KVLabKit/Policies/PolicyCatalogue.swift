@@ -16,7 +16,9 @@ package struct PolicyCatalogue: Sendable {
     var entries: [Entry] = []
     for method in registry.methods {
       entries.append(
-        Entry(method: method, defaults: try method.defaults(), inputs: try registry.policy(method.name).inputs))
+        Entry(
+          method: method, defaults: try method.defaults(),
+          inputs: method.role == .layers ? .none : try registry.policy(method.name).inputs))
     }
     self.entries = entries
   }
@@ -29,6 +31,7 @@ package struct PolicyCatalogue: Sendable {
     let titles: [(MethodDescription.Role, String)] = [
       (.selection, "CHOOSING TOKENS (first)"), (.modifier, "MODIFYING THE CHOICE (behind it)"),
       (.store, "STORING THEM (last)"), (.storeModifier, "MODIFYING THE STORE (behind it)"),
+      (.layers, "OTHER STORES FOR SOME LAYERS (between two stores)"),
     ]
     for (role, title) in titles where entries.contains(where: { $0.method.role == role }) {
       lines.append(title)
