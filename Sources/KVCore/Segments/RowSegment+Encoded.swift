@@ -95,7 +95,8 @@ extension SideFormat {
 
   fileprivate func check(_ encoding: RowEncoding, _ what: String) throws(KVError) {
     guard map == .none else {
-      throw KVError(.unsupported, "the store rotates or scales \(what) before it encodes them; encoded rows would not be")
+      throw KVError(
+        .unsupported, "the store rotates or scales \(what) before it encodes them; encoded rows would not be")
     }
     guard encoding == settled else {
       throw KVError(.invalidOption, "the store holds \(what) as \(settled); the rows are \(encoding)")
