@@ -24,7 +24,12 @@ package struct BenchOptions: Sendable {
 /// Shape: 32 query heads, 8 KV heads, 128 channels. Cold: layers of one cache take turns, as in a model, and together
 /// they are several times the last-level cache.
 package final class Benchmark {
-  static let stores = ["f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)"]
+  static let stores = [
+    "f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)",
+    "int8", "int8(format=int4,group=32,metadata=f16)", "fp8", "ggml(keys=q8_0,values=q8_0)",
+    "ggml(keys=q5_1,values=q5_1)",
+    "ggml(keys=q4_0,values=q4_0)", "ggml(keys=iq4_nl,values=iq4_nl)",
+  ]
   static let allHeads = Array(0..<BenchData.shape.kvHeads)
 
   let options: BenchOptions
