@@ -36,7 +36,7 @@ typedef struct {
   uint32_t codes;  /* bytes of a block before its codes */
   uint32_t fifths; /* before the fifth bits */
   uint32_t bytes;  /* of a block */
-  uint32_t zero;   /* the unsigned code of 0 */
+  uint32_t zero;   /* the unsigned code of 0, or with minima a middle one: codes are small, and so is what rounding costs */
   bool halves;     /* f16 scales inside the blocks */
   bool has_min;
   bool pairs;      /* a byte holds neighbouring channels, not i and i + 16 */
@@ -49,9 +49,9 @@ CKV_INLINE b_form form_of(const uint32_t kind, const uint32_t code) {
   b_form f = {.form = NIBBLES, .codes = 2, .bytes = 18, .zero = 8, .halves = true};
   if (code == CKV_Q8_0) f.form = BYTES, f.bytes = 34, f.zero = 128;
   if (code == CKV_IQ4_NL) f.form = TABLE, f.zero = 128;
-  if (code == CKV_Q4_1 || code == CKV_Q5_1) f.has_min = true, f.codes = 4, f.bytes = 20, f.zero = 0;
+  if (code == CKV_Q4_1 || code == CKV_Q5_1) f.has_min = true, f.codes = 4, f.bytes = 20;
   if (code == CKV_Q5_0) f.form = FIVES, f.fifths = 2, f.codes = 6, f.bytes = 22, f.zero = 16;
-  if (code == CKV_Q5_1) f.form = FIVES, f.fifths = 4, f.codes = 8, f.bytes = 24;
+  if (code == CKV_Q5_1) f.form = FIVES, f.fifths = 4, f.codes = 8, f.bytes = 24, f.zero = 16;
   return f;
 }
 
@@ -301,7 +301,7 @@ CKV_INLINE void key_rows(const ckv_run *run, const b_form f, uint32_t first, uin
     if (f.halves) {
       const uint16_t *at = (const uint16_t *)q->scales + b * 32;
       s = vf_load_f16(at);
-      if (f.has_min) mn = vf_load_f16(at + 16);
+      if (f.has_min) mn = vf_fma(vf_set1((float)f.zero), s, vf_load_f16(at + 16));
     } else {
       s = vf_load(q->scales + (uniform ? 0 : b * 16));
     }
@@ -472,7 +472,8 @@ CKV_INLINE void load_tile(const ckv_run *run, const b_form f, uint32_t first, ui
       for (uint32_t r = 0; r < padded; r += 16) {
         const uint32_t k = ckv_min_u32(16, n - r);
         vf_store(s + r, vf_load_f16_n(halves[0] + r, k));
-        if (f.has_min) vf_store(mn + r, vf_load_f16_n(halves[1] + r, k));
+        if (f.has_min)
+          vf_store(mn + r, vf_fma(vf_set1((float)f.zero), vf_load(s + r), vf_load_f16_n(halves[1] + r, k)));
       }
     } else if (i == 0 || !is_uniform(run)) {
       scales_of(run, first, n, b + ckv_min_u32(i, have - 1), s);
