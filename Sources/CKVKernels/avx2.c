@@ -20,6 +20,7 @@
 #include "avx2_codes.h"
 #define V_AFFINE_LOGITS v_logits_codes
 #define V_AFFINE_ACCUMULATE v_accumulate_codes
+#include "rows_scan.h"
 
 #include "lanes_attend.h"
 #include "lanes_table.h"

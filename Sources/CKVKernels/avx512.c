@@ -17,6 +17,7 @@
 
 #include "rows_compare.h"
 #include "lanes_statistics.h"
+#include "rows_scan.h"
 
 #include "avx512_values.h"
 #define V_AFFINE_ACCUMULATE v_accumulate_affine

@@ -3,7 +3,8 @@
   {                                                                                                                  \
     .name = level_name, .logits = logits_entry, .accumulate = accumulate_entry, .softmax = softmax,                  \
     .exp_shift = exp_shift, .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot,                              \
-    .normalise_rows = normalise_rows, .compare_rows = compare_rows, .mix_rows = mix_rows, .convert = convert,        \
+    .normalise_rows = normalise_rows, .compare_rows = compare_rows, .mix_rows = mix_rows,                            \
+    .scan_rows = scan_rows, .fold = fold, .convert = convert,                                                        \
     .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \
     .encode_blocks = encode_blocks, .decode = decode, .hadamard = hadamard, .read_memory = read_memory,              \
     CKV_STATISTICS,                                                                                                  \

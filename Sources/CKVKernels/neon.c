@@ -14,6 +14,7 @@
 
 #include "rows_compare.h"
 #include "lanes_statistics.h"
+#include "rows_scan.h"
 
 #include "lanes_attend.h"
 #include "lanes_table.h"

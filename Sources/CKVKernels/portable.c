@@ -79,6 +79,7 @@ static void scale_in_place(float *y, float a, size_t n) {
 }
 
 #include "rows_compare.h"
+#include "rows_scan.h"
 
 /* ---- softmax ---------------------------------------------------------------------------------------------------- */
 
@@ -238,6 +239,8 @@ const ckv_kernels ckv_portable = {
     .normalise_rows = normalise_rows,
     .compare_rows = compare_rows,
     .mix_rows = mix_rows,
+    .scan_rows = scan_rows,
+    .fold = fold,
     .convert = convert,
     .first_nonfinite = first_nonfinite,
     .encode_channel = encode_channel,

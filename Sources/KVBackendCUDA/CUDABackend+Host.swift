@@ -27,6 +27,20 @@ extension CUDABackend {
       into: &result)
   }
 
+  package func scan(_ request: RowScan, into result: UnsafeMutablePointer<Float>) {
+    let copies = HostCopies(session)
+    var request = request
+    request.rows = copies.copy(request.rows)
+    host.scan(request, into: result)
+  }
+
+  package func addRows(
+    _ rows: [RunSlice], dim: Int, weights: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>
+  ) {
+    let copies = HostCopies(session)
+    host.addRows(copies.copy(rows), dim: dim, weights: weights, to: sums)
+  }
+
   package func mix(_ request: RowMix, into target: RowRun) -> Int? {
     let copies = HostCopies(session)
     var request = request

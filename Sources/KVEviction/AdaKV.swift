@@ -77,7 +77,8 @@ public struct AdaKVAllocator: Allocator {
       return heads.map { head in
         let base = Double(request.budget[head] - protected[head])
         let share = Double(won[head]) * (1 - floor) + (base * floor).rounded(.towardZero)
-        return min(request.rows[head], protected[head] + max(0, Int(share.rounded(.toNearestOrEven))))
+        let kept = protected[head] + max(0, Int(share.rounded(.toNearestOrEven)))
+        return min(request.rows[head], max(1, kept))
       }
     case .kvpress:
       // The safe rows are the best of each head; what is left is joint among those behind them.
@@ -89,8 +90,19 @@ public struct AdaKVAllocator: Allocator {
       }
       if safe.reduce(0, +) > free { safe = heads.map { _ in 0 } }
       let won = jointly(free - safe.reduce(0, +), candidates, request.scores, behind: safe)
-      return heads.map { protected[$0] + safe[$0] + won[$0] }
+      return fed(heads.map { protected[$0] + safe[$0] + won[$0] }, request.rows)
     }
+  }
+
+  /// Attention over nothing has no value: a head that won no row gets one from the head that has most.
+  private func fed(_ kept: [Int], _ rows: [Int]) -> [Int] {
+    var kept = kept
+    for head in kept.indices where kept[head] == 0 && rows[head] > 0 {
+      guard let richest = kept.indices.max(by: { kept[$0] < kept[$1] }), kept[richest] > 1 else { break }
+      kept[richest] -= 1
+      kept[head] = 1
+    }
+    return kept
   }
 
   /// How many of the `count` best candidates of all heads belong to each; the first `behind` of a head's own ranking do

@@ -95,12 +95,12 @@ public struct PyramidAllocator: LayerAllocator {
     if layers <= 1 || base <= 0 { return budget }
     if form == .kvpress { return kvpressRows(budget, tokens, protected, index, layers) }
     if short == .uniform, tokens < 2 * base { return budget }
-    let past =
+    let (past, least) = (tokens - protected, protected == 0 ? 1 : 0)
+    let rows =
       form == .official
-      ? officialPast(base, tokens - protected, index, layers)
-      : exactPast(
-        base, tokens - protected, index, layers)
-    return min(tokens, protected + max(0, past))
+      ? officialPast(base, past, index, layers) : exactPast(base, past, index, layers, least: least)
+    // Attention over nothing has no value: without protected rows the last layer keeps one.
+    return min(tokens, protected + max(least, rows))
   }
 
   private func officialPast(_ base: Int, _ past: Int, _ index: Int, _ layers: Int) -> Int {
@@ -115,7 +115,7 @@ public struct PyramidAllocator: LayerAllocator {
     return min(past, most - index * step)
   }
 
-  private func exactPast(_ base: Int, _ past: Int, _ index: Int, _ layers: Int) -> Int {
+  private func exactPast(_ base: Int, _ past: Int, _ index: Int, _ layers: Int, least smallest: Int) -> Int {
     var least = Double(base) / beta
     var most = 2 * Double(base) - least
     if most > Double(past) {
@@ -123,7 +123,7 @@ public struct PyramidAllocator: LayerAllocator {
       least = 2 * Double(base) - most
     }
     let line = (0..<layers).map { most - Double($0) * (most - least) / Double(layers - 1) }
-    var counts = line.map { Int(min(max($0, 0), Double(past)).rounded(.down)) }
+    var counts = line.map { Int(min(max($0, Double(smallest)), Double(past)).rounded(.down)) }
     // What rounding down left goes to the largest remainders, of equal ones to the first layer.
     var left = layers * base - counts.reduce(0, +)
     let order = line.indices.sorted {
@@ -146,7 +146,7 @@ public struct PyramidAllocator: LayerAllocator {
     }
     guard Double(tokens) >= most, most >= least, least >= Double(window) else { return budget }
     let step = (most - least) / Double(layers - 1)
-    return min(tokens, Int((most - Double(index) * step).rounded(.toNearestOrEven)))
+    return min(tokens, max(1, Int((most - Double(index) * step).rounded(.toNearestOrEven))))
   }
 }
 

@@ -82,6 +82,9 @@ enum {
 /* Measures of two rows: x.y, the cosine, |x - y|^2, |x + y|^2. */
 enum { CKV_DOT = 0, CKV_COSINE = 1, CKV_DISTANCE = 2, CKV_SUM = 3 };
 
+/* What scan_rows and fold make of numbers. */
+enum { CKV_SQUARES = 0, CKV_ABSOLUTES = 1, CKV_SPREAD = 2, CKV_PLAIN = 3 };
+
 /* A run of rows of one KV head, one side (keys or values), one encoding, contiguous in memory. */
 typedef struct {
     uint32_t kind;       /* CKV_DENSE and so on */
@@ -177,6 +180,17 @@ typedef struct {
      * starts[i+1], in that order, one rounding per operation: the same bits at every level. At least one t each. */
     void (*mix_rows)(const float *rows, size_t stride, uint32_t dim, const uint32_t *starts, const uint32_t *index,
                      const float *weight, const float *divisor, size_t n, float *out, size_t out_stride);
+
+    /* ---- measuring rows -------------------------------------------------------------------------------------- */
+
+    /* out[i] of row i, rows `stride` floats apart. CKV_SQUARES: sum of squares; CKV_ABSOLUTES: sum of magnitudes;
+     * CKV_SPREAD: standard deviation over the channels (divisor dim - 1; 0 for one channel) of
+     * (x[c] - low[c]) * inverse[c]. */
+    void (*scan_rows)(const float *rows, size_t stride, uint32_t dim, size_t count, uint32_t measure, const float *low,
+                      const float *inverse, float *out);
+
+    /* out[i] += x[i]^2 (CKV_SQUARES), |x[i]| (CKV_ABSOLUTES) or x[i]. */
+    void (*fold)(const float *x, size_t n, uint32_t measure, float *out);
 
     /* ---- conversion and encoding --------------------------------------------------------------------------- */
 

@@ -81,6 +81,12 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// request says will hold it.
   func mix(_ request: RowMix, into target: RowRun) -> Int?
 
+  /// A number for every row of a list, in tiles; see ``RowScan``.
+  func scan(_ request: RowScan, into result: UnsafeMutablePointer<Float>)
+
+  /// Adds to `sums` the rows of a list, each times its weight.
+  func addRows(_ rows: [RunSlice], dim: Int, weights: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>)
+
   /// Column sums of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
 }

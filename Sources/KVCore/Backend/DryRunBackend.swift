@@ -49,5 +49,11 @@ package final class DryRunBackend: ComputeBackend {
     result.reset(count: request.sources.reduce(0) { $0 + $1.count })
   }
   package func mix(_ request: RowMix, into target: RowRun) -> Int? { nil }
+  package func scan(_ request: RowScan, into result: UnsafeMutablePointer<Float>) {
+    result.update(repeating: 0, count: request.count)
+  }
+  package func addRows(
+    _ rows: [RunSlice], dim: Int, weights: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>
+  ) {}
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {}
 }

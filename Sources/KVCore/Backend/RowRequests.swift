@@ -75,3 +75,32 @@ package struct RowMix {
 
   package var count: Int { divisors.count }
 }
+
+/// A number for every row: of the row alone, or of its products with other vectors.
+package struct RowScan {
+  package enum Quantity {
+    /// Sum of squares of the channels.
+    case squares
+    /// Sum of their magnitudes.
+    case absolutes
+    /// Standard deviation over the channels of (x - low) · inverse, both of `dim` numbers.
+    case spread(low: [Float], inverse: [Float])
+    /// Products with `count` vectors, `stride` floats apart from `offset` on: their sum, the sum of their squares or of
+    /// their magnitudes.
+    case products(with: [Float], offset: Int, stride: Int, count: Int, fold: Fold)
+  }
+
+  package enum Fold: UInt32 { case squares = 0, absolutes = 1, plain = 3 }
+
+  package var rows: [RunSlice]
+  package var dim: Int
+  package var quantity: Quantity
+
+  package init(rows: [RunSlice], dim: Int, quantity: Quantity) {
+    self.rows = rows
+    self.dim = dim
+    self.quantity = quantity
+  }
+
+  package var count: Int { rows.reduce(0) { $0 + $1.count } }
+}

@@ -173,7 +173,9 @@ public final class KVCache {
       try BudgetSplit.validate(sinks: protection.sinks, window: protection.window, budget: policy.budget)
       try policy.budget.validate(kvHeads: shape.layers.map(\.kvHeads))
     }
+    try policy.scorer?.validate(shape)
     try policy.allocator.validate(shape)
+    try policy.router.validate(shape)
     for (index, layer) in shape.layers.enumerated() where layer.cached {
       do throws(KVError) {
         for tier in policy.tiers { try tier.factory(layer: index, of: shape.layers.count).validate(layer: layer) }

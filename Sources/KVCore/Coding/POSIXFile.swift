@@ -74,6 +74,18 @@ final class FileSource: ByteSource {
   }
 }
 
+/// A text file as it is; bytes that are not UTF-8 become replacement characters.
+///
+/// - Throws: `inputOutput`, also for a file of more than `limit` bytes.
+package func readText(_ path: String, atMost limit: Int) throws(KVError) -> String {
+  guard !path.utf8.contains(0) else { throw KVError(.inputOutput, "a path holds no NUL") }
+  let source = try FileSource(path: path)
+  guard source.count <= limit else {
+    throw KVError(.inputOutput, "cannot read \(path): \(source.count) bytes, at most \(limit) expected")
+  }
+  return String(decoding: try source.read(0..<source.count), as: UTF8.self)
+}
+
 /// A file that appears under its name only when it is complete.
 final class AtomicFile {
   private let path: String

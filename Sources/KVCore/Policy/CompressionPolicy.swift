@@ -103,7 +103,7 @@ extension CompressionPolicy {
 
 /// The choosing half of a policy: everything but the representation.
 public struct Selection: Sendable {
-  public let spec: StageSpec?
+  public package(set) var spec: StageSpec?
   /// The modifiers applied to it, in order.
   public private(set) var modifiers: [StageSpec] = []
   public var scorer: (any Scorer)?

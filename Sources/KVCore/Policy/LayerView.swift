@@ -11,12 +11,12 @@ public final class LayerView {
   /// Tokens decoded since the cache was made.
   public let decodedTokens: Int
   /// Tokens of the prompt whose queries can have been kept.
-  private let observableTokens: Int
+  let observableTokens: Int
   package let segments: [any Segment]
   /// What the router left in ``Routing/memory`` the last time; empty at first.
   public let routerMemory: [Float]
-  private let queryWindow: QueryWindow?
-  private let options: AttentionOptions
+  let queryWindow: QueryWindow?
+  let options: AttentionOptions
   let backend: any ComputeBackend
   /// How the model rotates keys and queries, where the engine said so.
   public let rotary: RotaryEmbedding?

@@ -30,6 +30,19 @@ public struct ScoreTable: Sendable {
     set { values[index(head, row)] = newValue }
   }
 
+  /// Sets all scores of a head.
+  public mutating func set(head: Int, _ scores: [Float]) {
+    precondition(scores.count == rowCount(head: head), "\(scores.count) scores for \(rowCount(head: head)) rows")
+    values.replaceSubrange(range(head: head), with: scores)
+  }
+
+  /// Sets all scores of a head to what `transform` makes of numbers.
+  public mutating func set(head: Int, _ numbers: [Float], _ transform: (Float) -> Float) {
+    precondition(numbers.count == rowCount(head: head), "\(numbers.count) scores for \(rowCount(head: head)) rows")
+    let start = starts[head]
+    for (row, number) in numbers.enumerated() { values[start + row] = transform(number) }
+  }
+
   private func index(_ head: Int, _ row: Int) -> Int {
     precondition(row >= 0 && row < rowCount(head: head), "row \(row) of \(rowCount(head: head)) in head \(head)")
     return starts[head] + row

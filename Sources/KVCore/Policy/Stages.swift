@@ -5,9 +5,15 @@
 public protocol Scorer: Sendable {
   /// What the scores are made from.
   var inputs: RequiredInputs { get }
+  /// Refuses models it cannot score: numbers or a rotary embedding that are not there. Called once, by the cache.
+  func validate(_ shape: ModelShape) throws(KVError)
   /// Fills `scores`, already sized to the live rows of `layer`, larger meaning keep. Throws `missingInput` when what it
   /// declared has not arrived.
   func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError)
+}
+
+extension Scorer {
+  public func validate(_ shape: ModelShape) throws(KVError) {}
 }
 
 /// Stage two: how many rows may each layer and head keep?
@@ -96,6 +102,8 @@ public protocol Router: Sendable {
   var protection: Protection { get }
   /// Tiers that rows can be sent to: the stores a policy text must name.
   var tierCount: Int { get }
+  /// Refuses models it has no numbers for. Called once, by the cache.
+  func validate(_ shape: ModelShape) throws(KVError)
   /// What it looks at beyond keys, values and scores.
   var inputs: RequiredInputs { get }
   /// Whether it is asked even when every row fits the budget.
@@ -112,6 +120,7 @@ public protocol Router: Sendable {
 }
 
 extension Router {
+  public func validate(_ shape: ModelShape) throws(KVError) {}
   public var tierCount: Int { 1 }
   public var inputs: RequiredInputs { .none }
   public var routesAlways: Bool { false }

@@ -17,6 +17,8 @@ public struct TopKRouter: Router {
     self.rule = rule
   }
 
+  public func validate(_ shape: ModelShape) throws(KVError) { try rule?.validate(shape) }
+
   public var tierCount: Int { others == .dropped ? 1 : Int(others.rawValue) + 1 }
 
   public func tierRows(kept: Int, of tokens: Int, layer: Int, head: Int) -> [Int] {
@@ -57,8 +59,14 @@ public struct TopKRouter: Router {
 
 /// Which of the rows between sinks and window stay, where that is not simply the best of each head.
 public protocol SelectionRule: Sendable {
+  /// Refuses models it has no numbers for. Called once, by the cache.
+  func validate(_ shape: ModelShape) throws(KVError)
   /// Sends exactly `splits[h].chosen` of the candidates of head h to tier 0; they arrive sent elsewhere. Cannot fail.
   func choose(_ layer: LayerView, scores: ScoreTable, splits: [BudgetSplit], into routing: inout Routing)
+}
+
+extension SelectionRule {
+  public func validate(_ shape: ModelShape) throws(KVError) {}
 }
 
 extension Selection {

@@ -15,10 +15,12 @@ package struct PolicyCatalogue: Sendable {
   package init(_ registry: PolicyRegistry = .standard) throws(KVError) {
     var entries: [Entry] = []
     for method in registry.methods {
+      // A modifier stands behind something: behind what needs nothing, its own needs show.
+      let text = method.role == .modifier ? "random+\(method.name)" : method.name
       entries.append(
         Entry(
           method: method, defaults: try method.defaults(),
-          inputs: method.role == .layers ? .none : try registry.policy(method.name).inputs))
+          inputs: method.role == .layers ? .none : try registry.policy(text).inputs))
     }
     self.entries = entries
   }
