@@ -21,7 +21,9 @@ extension Selection {
   public func critical(
     first: Double = 0.5, epsilon: Double = 1e-4, safe: Double = 0, projections: OutputProjections? = nil
   ) throws(KVError) -> Selection {
-    let rule = try TwoStageRule(first: first, epsilon: epsilon, safe: safe, projections: projections)
+    let queries = (scorer as? WindowAttention)?.window ?? 1
+    let rule = try TwoStageRule(
+      first: first, epsilon: epsilon, safe: safe, projections: projections, queries: queries)
     guard scorer != nil else { throw Selection.nothingToScore("critical", self) }
     return try ruled(by: rule, StageSpec(name: "critical", options: rule.options))
   }
@@ -43,7 +45,8 @@ extension Selection {
     reduction: GroupReduction = .mean, every: Int? = nil, first: Double = 0.5, epsilon: Double = 1e-4,
     safe: Double = 0, projections: OutputProjections? = nil
   ) throws(KVError) -> Selection {
-    let rule = try TwoStageRule(first: first, epsilon: epsilon, safe: safe, projections: projections)
+    let rule = try TwoStageRule(
+      first: first, epsilon: epsilon, safe: safe, projections: projections, queries: window)
     return try ObservationOptions(
       budget: budget, window: window, kernel: kernel, pooling: pooling, reduction: reduction, every: every
     ).selection(named: "criticalkv", and: rule.options, rule: rule)
@@ -71,10 +74,14 @@ public struct TwoStageRule: SelectionRule {
   /// Share of the mean rows of the layer's heads that go by score alone at least: kvpress's CriticalAdaKV has 0.2.
   public let safe: Double
   public let projections: OutputProjections?
+  /// Queries that a score is the sum over: epsilon is meant for one.
+  public let queries: Int
 
   public init(
-    first: Double = 0.5, epsilon: Double = 1e-4, safe: Double = 0, projections: OutputProjections? = nil
+    first: Double = 0.5, epsilon: Double = 1e-4, safe: Double = 0, projections: OutputProjections? = nil,
+    queries: Int = 1
   ) throws(KVError) {
+    self.queries = queries
     guard (0...1).contains(first), (0...1_048_576).contains(epsilon), (0...1).contains(safe) else {
       throw KVError(
         .invalidOption,
@@ -104,7 +111,7 @@ public struct TwoStageRule: SelectionRule {
       let norms = norms(layer, head: head)
       var second = ScoreTable(counts: [candidates.count])
       for row in candidates where !taken[row - candidates.lowerBound] {
-        second[0, row - candidates.lowerBound] = (scores[head, row] + Float(epsilon)) * norms[row]
+        second[0, row - candidates.lowerBound] = (scores[head, row] + Float(epsilon) * Float(queries)) * norms[row]
       }
       // Those of the first stage are in: below everything they take no place of the second.
       for index in taken.indices where taken[index] { second[0, index] = -.infinity }

@@ -175,6 +175,7 @@ public struct PrefixAllocator: LayerAllocator {
 
   /// Rows to drop per layer, from the share of the scores that the best rows of each make up.
   public func drops(curves: [[Double]], protect: [Int], target: Double) -> [Int] {
+    if target <= 0 { return curves.map { _ in 0 } }
     var (low, high) = (0.0, 1.0)
     var drops: [Int] = []
     // A step function may jump over any tolerance: after these steps p is as near as f64 tells apart.
@@ -186,7 +187,7 @@ public struct PrefixAllocator: LayerAllocator {
       if off < 0 { high = middle } else { low = middle }
     }
     let sum = drops.reduce(0, +)
-    if sum > 0, target > 0, Double(sum) != target {
+    if sum > 0, Double(sum) != target {
       for index in drops.indices {
         let scaled = Int(Double(drops[index]) * target / Double(sum))
         drops[index] = min(scaled, max(0, curves[index].count - protect[index]))

@@ -202,9 +202,62 @@ static void check_nonfinite(pair p) {
   }
 }
 
+/* Measures of rows against f64, with rows further apart than they are long. */
+static void check_scan(pair p, uint32_t dim) {
+  const size_t count = 5, stride = dim + 3;
+  rng r = {dim + 5};
+  float *rows = random_floats(&r, count * stride, 3), *low = random_floats(&r, dim, 1), *out = exact(count * 4);
+  float *inverse = exact(dim * sizeof(float));
+  for (uint32_t c = 0; c < dim; c++) inverse[c] = c % 5 == 4 ? 0 : 0.25f + 0.5f * fabsf(rng_float(&r));
+  for (uint32_t measure = CKV_SQUARES; measure <= CKV_SPREAD; measure++) {
+    p.level->scan_rows(rows, stride, dim, count, measure, low, inverse, out);
+    for (size_t i = 0; i < count; i++) {
+      double sum = 0, scaled = 0, squares = 0, size = 0;
+      for (uint32_t c = 0; c < dim; c++) {
+        double x = (double)rows[i * stride + c], y = (x - (double)low[c]) * (double)inverse[c];
+        sum += measure == CKV_SQUARES ? x * x : fabs(x);
+        scaled += y;
+        size = fmax(size, fabs(y));
+      }
+      for (uint32_t c = 0; c < dim; c++) {
+        double d = ((double)rows[i * stride + c] - (double)low[c]) * (double)inverse[c] - scaled / dim;
+        squares += d * d;
+      }
+      double want = measure == CKV_SPREAD ? (dim > 1 ? sqrt(squares / (dim - 1)) : 0) : sum;
+      double bound = (dim + 4) * eps * (measure == CKV_SPREAD ? 4 * size * sqrt((double)dim) : sum);
+      expect(fabs((double)out[i] - want) <= bound + 1e-30, "%s scan measure %u dim %u row %zu: %g, %g", p.level->name,
+             measure, dim, i, (double)out[i], want);
+    }
+  }
+  free(rows);
+  free(low);
+  free(inverse);
+  free(out);
+}
+
+static void check_fold(pair p, size_t n) {
+  rng r = {n + 9};
+  float *x = random_floats(&r, n, 4), *start = random_floats(&r, n, 2);
+  const uint32_t measures[] = {CKV_SQUARES, CKV_ABSOLUTES, CKV_PLAIN};
+  for (int m = 0; m < 3; m++) {
+    float *y = copy_floats(start, n);
+    p.level->fold(x, n, measures[m], y);
+    for (size_t i = 0; i < n; i++) {
+      double a = (double)x[i], add = m == 0 ? a * a : m == 1 ? fabs(a) : a, want = (double)start[i] + add;
+      expect(fabs((double)y[i] - want) <= 2 * eps * (fabs((double)start[i]) + fabs(add)), "%s fold %u of %zu",
+             p.level->name, measures[m], n);
+    }
+    free(y);
+  }
+  free(x);
+  free(start);
+}
+
 void check_vectors(pair p) {
   for (size_t l = 0; l < LENGTHS; l++) {
     check_plain(p, lengths[l]);
+    check_fold(p, lengths[l]);
+    if (lengths[l] > 0) check_scan(p, (uint32_t)lengths[l]);
     for (int infinities = 0; infinities < 3; infinities++)
       for (int variant = 0; variant < 4; variant++)
         check_softmax(p, lengths[l], variant & 1 ? 30 : 0, variant & 2, infinities);

@@ -42,7 +42,9 @@ import Testing
           let scores = (0..<heads).map { _ in (0..<tokens).map { _ in Float(random.uniform()) } }
           for form in AdaKVAllocator.Form.allCases {
             let kept = try AdaKVAllocator(floor: 0, form: form).allocate([Self.request(scores, budget: budget)])[0]
-            #expect(kept.reduce(0, +) == heads * budget)
+            // The official form raises heads that won nothing to one row.
+            let missing = form == .official ? kept.reduce(0) { $0 + ($1 == 1 ? 1 : 0) } : 0
+            #expect((heads * budget...heads * budget + missing).contains(kept.reduce(0, +)))
             func mass(_ counts: [Int]) -> Float {
               zip(scores, counts).reduce(0) { $0 + $1.0.sorted(by: >).prefix($1.1).reduce(0, +) }
             }
