@@ -47,7 +47,7 @@ extension KVCache {
         tokenStride: 0)
       try append(layer: state.layer, keys: keys, values: values)
       if observesAttention(state) { state.observedTokens = state.seen }
-      if capturesQueries(state) { try capture(queries, state) }
+      if capturesQueries(state) || capturesProbes(state) { try capture(queries, state) }
       try notePeaks(of: queries, state)
       try maintain(state)
     }

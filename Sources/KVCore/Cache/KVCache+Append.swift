@@ -85,6 +85,12 @@ extension KVCache {
     return state.phase == .prefill || queriesWhileDecoding
   }
 
+  /// Whether queries are kept of which some will be probes.
+  package func capturesProbes(_ state: LayerState) -> Bool {
+    guard probes != nil, selects(state) else { return false }
+    return state.phase == .prefill || policy.schedule.decodeInterval != nil
+  }
+
   /// Whether the policy chooses tokens in this layer. A sliding-window layer forgets by itself.
   package func selects(_ state: LayerState) -> Bool {
     state.shape.slidingWindow == nil && policy.schedule != .never

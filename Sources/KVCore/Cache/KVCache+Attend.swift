@@ -137,7 +137,7 @@ extension KVCache {
   private func prepare(layer: Int, options: AttentionOptions) throws(KVError) {
     let state = try state(layer)
     guard options.commits else { return }
-    guard options.causal || !(observesAttention(state) || capturesQueries(state)) else {
+    guard options.causal || !(observesAttention(state) || capturesQueries(state) || capturesProbes(state)) else {
       throw KVError(
         .unsupported,
         "queries that see every row have no position and cannot count for \(policy.spec): pass commits: false",
@@ -162,7 +162,7 @@ extension KVCache {
       if state.observedTokens >= state.seen - queries.tokens { state.observedTokens = state.seen }
       state.frozenBelow = state.seen
     }
-    if capturesQueries(state) { try capture(queries, state) }
+    if capturesQueries(state) || capturesProbes(state) { try capture(queries, state) }
     try notePeaks(of: queries, state)
     try maintain(state)
   }
@@ -177,6 +177,11 @@ extension KVCache {
   }
 
   package func capture(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {
+    if capturesProbes(state) { try captureProbes(queries, state) }
+    guard capturesQueries(state) else {
+      state.observedQueries = state.seen
+      return
+    }
     if state.queryWindow == nil {
       state.queryWindow = try QueryWindow(
         capacity: windowQueries, shape: state.shape, backend: backend.operations)
@@ -185,6 +190,21 @@ extension KVCache {
     if state.observedQueries != state.seen - queries.tokens { state.queryWindow!.clear() }
     try state.queryWindow!.capture(queries, backend: backend.operations)
     state.observedQueries = state.seen
+  }
+
+  private func captureProbes(_ queries: borrowing TensorView, _ state: LayerState) throws(KVError) {
+    guard let probes else { return }
+    let tokens = state.seen - queries.tokens..<state.seen
+    let start = max(state.chosenTokens, state.promptStart)
+    // Probes stand for all tokens since the last choice: after some that nobody showed, they begin anew.
+    if state.probeStore == nil || state.observedQueries < tokens.lowerBound {
+      state.probeStore = ProbeStore(first: tokens.lowerBound, shape: state.shape)
+    }
+    state.probes = probes
+    if state.observedQueries > tokens.lowerBound { return }
+    try state.probeStore!.capture(
+      queries, tokens: tokens, range: start..<state.seen, probes, marked: state.markedProbes,
+      backend: backend.operations)
   }
 
   private func describe(

@@ -85,6 +85,8 @@ extension KVCache {
     // What only the prompt needed is freed.
     if !queriesWhileDecoding { state.queryWindow = nil }
     if policy.schedule.decodeInterval == nil {
+      state.probeStore = nil
+      state.markedProbes = []
       for segment in state.segments { segment.forgetObserved() }
     }
     if state.outcome == .waiting || state.outcome == .untouched {
@@ -183,6 +185,11 @@ extension KVCache {
     for plan in plans {
       try apply(plan)
       plan.state.chosenTokens = plan.state.seen
+      // Probes are of the tokens to come.
+      if plan.state.probeStore != nil {
+        plan.state.probeStore = ProbeStore(first: plan.state.seen, shape: plan.state.shape)
+        plan.state.markedProbes = []
+      }
     }
   }
 
@@ -344,7 +351,7 @@ extension KVCache {
           + "tokens were not observed. Attend through the cache, or call observe(layer:attention:)",
         layer: state.layer)
     }
-    if windowQueries > 0, state.observedQueries < state.seen {
+    if windowQueries > 0 || probes != nil, state.observedQueries < state.seen {
       throw KVError(
         .missingInput,
         "\(policy.spec) needs the newest queries; those of the last \(state.seen - state.observedQueries) tokens were "

@@ -48,7 +48,9 @@ extension KVCache {
           layer: state.layer)
       }
       // Captured queries are a ring of the newest tokens: older ones cannot come back.
-      if capturesQueries(state) && state.queryWindow != nil || state.queryPeaks != nil {
+      if capturesQueries(state) && state.queryWindow != nil || state.queryPeaks != nil
+        || capturesProbes(state) && state.probeStore != nil
+      {
         throw KVError(
           .irreversible, "queries of the tokens before \(tokens) are no longer held", layer: state.layer)
       }

@@ -6,8 +6,14 @@ extension KVCache {
   public func observe(layer: Int, queries: borrowing TensorView) throws(KVError) {
     let state = try state(layer)
     try checkQueries(queries, state)
-    if capturesQueries(state) { try capture(queries, state) }
+    if capturesQueries(state) || capturesProbes(state) { try capture(queries, state) }
     try notePeaks(of: queries, state)
+  }
+
+  /// Names the tokens whose queries a policy with special probes looks at (``ProbeQueries/Strategy/special``): positions,
+  /// before these tokens are attended. Those of earlier calls stay.
+  public func markProbes(_ positions: [Int]) {
+    for state in layers where state.shape.cached { state.markedProbes.formUnion(positions) }
   }
 
   /// Reports attention weights to the policy, for engines with attention of their own.

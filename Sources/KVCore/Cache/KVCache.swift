@@ -33,6 +33,8 @@ public final class KVCache {
   /// What the policy needs, asked once.
   package let observer: (any AttentionObserver)?
   package let windowQueries: Int
+  /// Which of all queries the policy looks at.
+  package let probes: ProbeQueries?
   package let queriesWhileDecoding: Bool
   /// Whether the attention kernel adds straight into the observer's column.
   package let sumsInPlace: Bool
@@ -67,6 +69,7 @@ public final class KVCache {
     let needed = policy.inputs
     observer = needed.observer
     windowQueries = needed.windowQueries
+    probes = needed.probes
     queriesWhileDecoding = needed.queriesWhileDecoding && policy.schedule.decodeInterval != nil
     sumsInPlace = needed.observer is AttentionSum
     inPlace = InPlaceEviction(policy)
@@ -92,6 +95,7 @@ public final class KVCache {
     let needed = policy.inputs
     observer = needed.observer
     windowQueries = needed.windowQueries
+    probes = needed.probes
     queriesWhileDecoding = needed.queriesWhileDecoding && policy.schedule.decodeInterval != nil
     sumsInPlace = needed.observer is AttentionSum
     inPlace = InPlaceEviction(policy)
@@ -141,6 +145,12 @@ public final class KVCache {
       throw KVError(
         .missingInput,
         "\(policy.spec) needs the queries of the prompt; the engine supplies none. Attend through the cache, or pass "
+          + "inputs: .queries and call observe(layer:queries:) for every append")
+    }
+    if let probes = needed.probes, !inputs.contains(.queries) {
+      throw KVError(
+        .missingInput,
+        "\(policy.spec) needs the queries of \(probes); the engine supplies none. Attend through the cache, or pass "
           + "inputs: .queries and call observe(layer:queries:) for every append")
     }
     if needed.attentionWeights, !inputs.contains(.attentionWeights) {

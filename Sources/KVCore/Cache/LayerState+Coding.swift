@@ -24,6 +24,10 @@ extension LayerState {
     writer.count(chosenTokens)
     writer.bool(queryPeaks != nil)
     queryPeaks?.encode(to: &writer)
+    writer.bool(probeStore != nil)
+    probeStore?.encode(to: &writer)
+    writer.count(markedProbes.count)
+    writer.array(markedProbes.sorted().map { Int32($0) })
   }
 
   /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
@@ -67,6 +71,12 @@ extension LayerState {
     if try reader.bool("whether there are magnitudes of queries") {
       queryPeaks = try QueryPeaks(from: &reader, seen: seen, shape: shape, backend: backend)
     }
+    probes = policy.inputs.probes
+    if try reader.bool("whether there are probe queries") {
+      probeStore = try ProbeStore(from: &reader, seen: seen, shape: shape, backend: backend)
+    }
+    let marked = try reader.count("named probes", in: 0...SavedCache.maximumTokens)
+    markedProbes = Set(try reader.array(of: Int32.self, count: marked, "named probes").map { Int($0) })
     try reader.finish()
 
     for (tier, store) in policy.tiers.enumerated() {

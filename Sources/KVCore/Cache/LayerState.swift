@@ -10,6 +10,10 @@ package final class LayerState {
   var queryWindow: QueryWindow?
   /// The largest magnitudes of the prompt's queries, while a segment waits for them.
   var queryPeaks: QueryPeaks?
+  /// Queries that may yet be probes, while the policy needs them, the rule, and the tokens the engine named.
+  var probeStore: ProbeStore?
+  var probes: ProbeQueries?
+  var markedProbes: Set<Int> = []
   /// Tokens up to which attention weights were observed.
   var observedTokens = 0
   var observedQueries = 0
@@ -46,6 +50,9 @@ package final class LayerState {
     segments = other.segments.map { storage.fork($0) }
     queryWindow = other.queryWindow
     queryPeaks = other.queryPeaks
+    probeStore = other.probeStore
+    probes = other.probes
+    markedProbes = other.markedProbes
     observedTokens = other.observedTokens
     observedQueries = other.observedQueries
     settledTokens = other.settledTokens
@@ -65,6 +72,7 @@ package final class LayerState {
     for segment in segments { segment.tally(into: &tally) }
     if let buffer = queryWindow?.buffer { tally.add(buffer, kind: \.state) }
     if let buffer = queryPeaks?.values.buffer { tally.add(buffer, kind: \.state) }
+    probeStore?.tally(into: &tally)
   }
 }
 

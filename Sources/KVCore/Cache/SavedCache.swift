@@ -18,6 +18,9 @@
 ///                         router's memory: count, f32 x count
 ///                         maybe allocation: tokens seen · per KV head rows kept, budget: counts
 ///                         tokens of the last choice count
+///                         maybe probe queries: first token · probes · capacity: counts · i32 x probes
+///                         · f32 [probes][query heads][key dim]
+///                         named probes: count · i32 x count, ascending
 /// JOIN layer * 64 + tier  only for joined groups, under their first layer: what the tier's joint storage writes
 /// SEGM layer * 64 + tier  what the tier's representation writes. Row segments: heads count · per head:
 ///   head                  slots count · dead slots count

@@ -17,6 +17,12 @@ public final class LayerView {
   public let routerMemory: [Float]
   let queryWindow: QueryWindow?
   let options: AttentionOptions
+  /// Queries that may be probes, the rule that chooses among them, and the tokens the engine named.
+  let probeStore: ProbeStore?
+  let probes: ProbeQueries?
+  let markedProbes: Set<Int>
+  /// Tokens whose queries can be probes.
+  var probeRange: Range<Int> { max(tokensChosen, tokensSeen - observableTokens)..<tokensSeen }
   let backend: any ComputeBackend
   /// How the model rotates keys and queries, where the engine said so.
   public let rotary: RotaryEmbedding?
@@ -56,6 +62,9 @@ public final class LayerView {
     segments = state.segments
     routerMemory = state.routerMemory
     queryWindow = state.queryWindow
+    probeStore = state.probeStore
+    probes = state.probes
+    markedProbes = state.markedProbes
     self.options = options
     self.backend = backend
     if segments.count == 1, (0..<shape.kvHeads).allSatisfy({ segments[0].sortedFrom(head: $0) == 0 }) {
@@ -182,44 +191,64 @@ public final class LayerView {
           + "Attend through the cache, or call observe(layer:queries:) for every append",
         layer: layer)
     }
-    var slices: [RunSlice] = []
+    for head in 0..<kvHeads { for row in 0..<rowCount(head: head) { scores[head, row] = 0 } }
+    addWindow(
+      queryWindow.newest(wanted), count: wanted, firstPosition: tokensSeen - wanted, reduction: reduction, keyWork(),
+      into: &scores)
+  }
+
+  /// The keys of every head and segment, described for a backend.
+  package struct KeyWork {
     var heads: [RowsWork] = []
+    var slices: [RunSlice] = []
+    /// Item of `heads` for a segment of a head; -1 where it has no slots.
+    var item: [[Int]] = []
+  }
+
+  package func keyWork() -> KeyWork {
+    var result = KeyWork()
     for head in 0..<kvHeads {
+      var items: [Int] = []
       for segment in segments {
         let plan = AttentionPlan()
         segment.describe(head: head, range: 0..<segment.slotCount(head: head), shift: 0, in: plan)
-        guard var work = plan.rows.first else { continue }
-        let start = slices.count
-        slices += plan.slices[work.keys]
-        work.keys = start..<slices.count
+        guard var work = plan.rows.first else {
+          items.append(-1)
+          continue
+        }
+        let start = result.slices.count
+        result.slices += plan.slices[work.keys]
+        work.keys = start..<result.slices.count
         work.values = 0..<0
-        heads.append(work)
+        items.append(result.heads.count)
+        result.heads.append(work)
       }
+      result.item.append(items)
     }
-    let queries = queryWindow.newest(wanted)
+    return result
+  }
+
+  /// Adds the attention of `count` neighbouring queries, [queryHeads][count][keyDim], to the scores of the rows.
+  package func addWindow(
+    _ queries: [Float], count: Int, firstPosition: Int, reduction: GroupReduction, _ work: KeyWork,
+    into scores: inout ScoreTable
+  ) {
     var slots = ScoreTable()
-    slots.reset(counts: heads.map(\.count))
+    slots.reset(counts: work.heads.map(\.count))
     queries.withUnsafeBufferPointer { buffer in
       guard let base = buffer.baseAddress else { return }
       backend.windowScores(
         WindowScoreRequest(
-          queries: base, window: wanted, firstPosition: tokensSeen - wanted, group: shape.group,
+          queries: base, window: count, firstPosition: firstPosition, group: shape.group,
           keyDim: shape.keyDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
-          softcap: options.softcap ?? 0, reduction: reduction, heads: heads, slices: slices), into: &slots)
+          softcap: options.softcap ?? 0, reduction: reduction, heads: work.heads, slices: work.slices), into: &slots)
     }
     // From slots of segments to live rows.
-    var firstWork: [[Int]] = Array(repeating: Array(repeating: -1, count: segments.count), count: kvHeads)
-    var index = 0
     for head in 0..<kvHeads {
-      for segment in segments.indices where segments[segment].slotCount(head: head) > 0 {
-        firstWork[head][segment] = index
-        index += 1
-      }
-    }
-    for head in 0..<kvHeads {
-      for row in 0..<rowCount(head: head) {
+      let range = scores.range(head: head)
+      for row in 0..<range.count {
         let place = reference(head: head, row: row)
-        scores[head, row] = slots[firstWork[head][Int(place.segment)], Int(place.slot)]
+        scores.values[range.lowerBound + row] += slots[work.item[head][Int(place.segment)], Int(place.slot)]
       }
     }
   }

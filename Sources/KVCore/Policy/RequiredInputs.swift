@@ -8,6 +8,8 @@ public struct RequiredInputs: Sendable {
   public var observer: (any AttentionObserver)?
   /// The rotary embedding, in ``ModelShape/rotary``.
   public var rotary: Bool
+  /// Post-RoPE queries of tokens drawn from all that came since the last choice.
+  public var probes: ProbeQueries?
 
   public init(
     windowQueries: Int = 0, queriesWhileDecoding: Bool = true, observer: (any AttentionObserver)?,
@@ -27,6 +29,12 @@ public struct RequiredInputs: Sendable {
   /// Whether the weights every cached token receives are needed.
   public var attentionWeights: Bool { observer != nil }
 
+  /// The queries of probes alone.
+  public init(probes: ProbeQueries) {
+    self.init()
+    self.probes = probes
+  }
+
   /// Keys and values are enough.
   public static let none = RequiredInputs()
 
@@ -36,11 +44,13 @@ public struct RequiredInputs: Sendable {
   public func union(_ other: RequiredInputs) -> RequiredInputs {
     precondition(
       observer == nil || other.observer == nil || self.observes(as: other), "two observers of the same attention")
-    return RequiredInputs(
+    var result = RequiredInputs(
       windowQueries: max(windowQueries, other.windowQueries),
       queriesWhileDecoding: windowQueries > 0 && queriesWhileDecoding
         || other.windowQueries > 0 && other.queriesWhileDecoding,
       observer: observer ?? other.observer, rotary: rotary || other.rotary)
+    result.probes = probes ?? other.probes
+    return result
   }
 
   private func observes(as other: RequiredInputs) -> Bool {
@@ -51,13 +61,14 @@ public struct RequiredInputs: Sendable {
 extension RequiredInputs: Hashable {
   public static func == (a: RequiredInputs, b: RequiredInputs) -> Bool {
     a.windowQueries == b.windowQueries && a.queriesWhileDecoding == b.queriesWhileDecoding && a.rotary == b.rotary
-      && a.observes(as: b)
+      && a.probes == b.probes && a.observes(as: b)
   }
 
   public func hash(into hasher: inout Hasher) {
     hasher.combine(windowQueries)
     hasher.combine(queriesWhileDecoding)
     hasher.combine(rotary)
+    hasher.combine(probes)
     hasher.combine(observer.map { AnyHashable($0) })
   }
 }
@@ -66,6 +77,7 @@ extension RequiredInputs: CustomStringConvertible {
   public var description: String {
     var parts: [String] = []
     if windowQueries > 0 { parts.append("queries of the last \(windowQueries) tokens") }
+    if let probes { parts.append("queries of \(probes)") }
     if attentionWeights { parts.append("attention weights") }
     if rotary { parts.append("the rotary embedding") }
     return parts.isEmpty ? "keys and values only" : parts.joined(separator: ", ")

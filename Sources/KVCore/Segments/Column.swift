@@ -72,6 +72,13 @@ package struct Column<Element: BitwiseCopyable> {
     count += added
   }
 
+  /// Appends `added` values that the caller writes, into reserved room.
+  package mutating func extend(by added: Int) -> UnsafeMutablePointer<Element> {
+    precondition(count + added <= capacity, "column of \(capacity) slots is full")
+    defer { count += added }
+    return base.unsafelyUnwrapped + count
+  }
+
   /// Memory that may be written in place: copied first when a fork shares it.
   package mutating func makeUnique(backend: any ComputeBackend) throws(KVError) { try reserve(0, backend: backend) }
 
