@@ -43,7 +43,8 @@ extension Selection {
   /// `mikv(important=0.2)+f16+pertoken(bits=2)+balanced`.
   public static let miKVMethod = MethodDescription(
     name: "mikv", role: .selection,
-    summary: "heavy hitters and newest tokens in the first store, the others in a coarse one", paper: "arXiv 2402.18096",
+    summary: "heavy hitters and newest tokens in the first store, the others in a coarse one",
+    paper: "arXiv 2402.18096",
     options: [
       .init("important", "share of the rows in the first store"),
       .init("recent_share", "part of these for the newest tokens"),

@@ -4,8 +4,7 @@ extension KVCache {
   /// - Throws: `missingInput` when a declared input did not arrive; the cache is unchanged then.
   public func finishPrefill() throws(KVError) {
     let waiting = layers.filter { $0.shape.cached && $0.phase == .prefill }
-    for state in waiting { try calibrate(state) }
-    try compress(waiting, when: policy.schedule.afterPrefill)
+    try compress(waiting, when: policy.schedule.afterPrefill, calibrates: true)
     for state in waiting {
       try enterDecode(state)
       try join(groupsOf: state)
@@ -23,8 +22,7 @@ extension KVCache {
       throw KVError(
         .unsupported, "\(policy.spec) shares its budget between layers: call finishPrefill()", layer: layer)
     }
-    try calibrate(state)
-    try compress([state], when: policy.schedule.afterPrefill)
+    try compress([state], when: policy.schedule.afterPrefill, calibrates: true)
     try enterDecode(state)
     try join(groupsOf: state)
   }
@@ -172,16 +170,17 @@ extension KVCache {
 
   // MARK: Score, allocate, route, apply
 
-  private func compress(_ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false) throws(KVError) {
+  private func compress(_ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false, calibrates: Bool = false) throws(KVError) {
     let chosen = due ? states.filter { selects($0) && (asked || isTriggered($0)) } : []
-    if chosen.isEmpty { return }
+    if chosen.isEmpty, !calibrates { return }
     // Every layer is planned before the first byte of any changes.
     var plans: [LayerPlan] = []
-    if policy.allocator.spansLayers {
+    if policy.allocator.spansLayers, !chosen.isEmpty {
       plans = try plan(chosen, room: room, keepingViews: chosen.count == 1)
     } else {
       for state in chosen { plans += try plan([state], room: room, keepingViews: chosen.count == 1) }
     }
+    if calibrates { for state in states { try calibrate(state) } }
     for plan in plans {
       try apply(plan)
       plan.state.chosenTokens = plan.state.seen

@@ -70,7 +70,8 @@ public final class KVCache {
     observer = needed.observer
     windowQueries = needed.windowQueries
     probes = needed.probes
-    queriesWhileDecoding = needed.queriesWhileDecoding && policy.schedule.decodeInterval != nil
+    queriesWhileDecoding =
+      (needed.queriesWhileDecoding || probes != nil) && policy.schedule.decodeInterval != nil
     sumsInPlace = needed.observer is AttentionSum
     inPlace = InPlaceEviction(policy)
     cachedLayers = shape.layers.count(where: \.cached)
@@ -96,7 +97,8 @@ public final class KVCache {
     observer = needed.observer
     windowQueries = needed.windowQueries
     probes = needed.probes
-    queriesWhileDecoding = needed.queriesWhileDecoding && policy.schedule.decodeInterval != nil
+    queriesWhileDecoding =
+      (needed.queriesWhileDecoding || probes != nil) && policy.schedule.decodeInterval != nil
     sumsInPlace = needed.observer is AttentionSum
     inPlace = InPlaceEviction(policy)
     cachedLayers = shape.layers.count(where: \.cached)

@@ -43,7 +43,9 @@ public struct ProbeQueries: Hashable, Sendable {
   private func split(count: Int) -> (recent: Int, drawn: Int) {
     let (recent, drawn) = shares
     let slack = 1e-9 * Double(count)
-    return (Int(((1 - recent) * Double(count) + slack).rounded(.down)), Int((drawn * Double(count) + slack).rounded(.down)))
+    return (
+      Int(((1 - recent) * Double(count) + slack).rounded(.down)), Int((drawn * Double(count) + slack).rounded(.down))
+    )
   }
 
   /// Small numbers are drawn first.

@@ -155,6 +155,12 @@ struct AdaptiveHeads: Allocator {
     #expect(balanced.spec.description == "low+balanced")
     let rotated = Policy(store: try .kivi().rotated(keys: nil, values: .signs(seed: 7)))
     let both = Policy(try .snapKV(budget: .fraction(0.25)), store: try .kivi(keyBits: 2))
+    let zipCache = Policy(
+      try .zipCache(salient: 0.6, probes: ProbeQueries(.mixed, share: 0.1, seed: 7)),
+      tiers: [try .cst(keyBits: 4), try .cst(keyBits: 2)])
+    let miKV = Policy(
+      try .miKV(important: 0.2), tiers: [.dense(.f16), try Store.perToken(keyBits: 2, group: 64).balanced()])
+    let perToken = Policy(store: try .perToken(keyBits: 4, valueBits: 2, group: 64, window: 32))
     let mixed = Policy(
       try .h2o(budget: .fraction(1)).tiers(shares: TierShares([0.1, 0.3, 0.6])),
       tiers: [.dense(.f16), try .kivi(keyBits: 4), try .kivi(keyBits: 2)])
@@ -165,7 +171,8 @@ struct AdaptiveHeads: Allocator {
     let edges = try Store.kivi(keyBits: 2).except(in: LayerChoice(first: 2, last: 2), .kivi(keyBits: 8))
 
     for policy in [
-      dense, streaming, h2o, snapKV, kivi, cst, rotated, both, mixed, int8, fp8, ggml, quant, Policy(store: edges),
+      dense, streaming, h2o, snapKV, kivi, cst, rotated, both, mixed, zipCache, miKV, perToken, int8, fp8, ggml, quant,
+      Policy(store: edges),
     ] {
       #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
     }
