@@ -170,7 +170,9 @@ extension KVCache {
 
   // MARK: Score, allocate, route, apply
 
-  private func compress(_ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false, calibrates: Bool = false) throws(KVError) {
+  private func compress(
+    _ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false, calibrates: Bool = false
+  ) throws(KVError) {
     let chosen = due ? states.filter { selects($0) && (asked || isTriggered($0)) } : []
     if chosen.isEmpty, !calibrates { return }
     // Every layer is planned before the first byte of any changes.
