@@ -3,12 +3,14 @@ extension LayerView {
   /// Attention of the probe queries over all rows, causally, summed over the probes and the query heads of each KV head.
   ///
   /// - Parameter newestOnly: of the probes the newest token alone.
-  /// - Returns: the tokens that were probes, ascending: those of the policy's `inputs.probes` among the tokens that came
+  /// - Returns: the tokens that were probes, ascending, none when no token came: those of the policy's `inputs.probes` among the tokens that came
   ///   since its last choice.
   /// - Throws: `missingInput` when queries of these tokens were not observed.
   public func probeAttention(newestOnly: Bool = false, into scores: inout ScoreTable) throws(KVError) -> [Int] {
     let range = probeRange
-    guard let store = probeStore, let probes, !range.isEmpty, store.first <= range.lowerBound else {
+    // Nothing came since: no row is new.
+    if range.isEmpty { return [] }
+    guard let store = probeStore, let probes, store.first <= range.lowerBound else {
       throw KVError(
         .missingInput,
         "needs the queries of tokens \(range.lowerBound)..<\(range.upperBound); those from "

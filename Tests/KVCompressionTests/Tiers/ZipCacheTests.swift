@@ -200,6 +200,17 @@ import Testing
     }
   }
 
+  /// Choosing after every chunk, and again when the prompt ends without a new token.
+  @Test func chunks() throws {
+    let made = try PolicyRegistry.standard.policy("zipcache+f32+f16")
+    let policy = Policy(
+      made.selection.scheduled(Schedule(afterPrefillChunks: true, decodeInterval: 3)), tiers: made.tiers)
+    let traffic = Traffic(Self.shape, tokens: 60)
+    let cache = try KVCache(shape: Self.shape, policy: policy, backend: .cpu(threads: 1))
+    try traffic.run(cache, prompt: 50, decoded: 10, chunk: 20)
+    #expect(try cache.rows(layer: 0, head: 1) == Array(0..<60))
+  }
+
   /// What is missing is said.
   @Test func missingInputs() throws {
     let traffic = Traffic(Self.shape, tokens: 60)
