@@ -42,11 +42,13 @@ extension CPUBackend {
     let maxima = layout.take(m * padded / blockRows)
     let queries = layout.take(m * request.keyDim)
     let partial = layout.take(PartialBlock.floats(rows: m, valueDim: 0))
-    let columns = layout.take(group * padded)
+    let planes = request.columnPlanes
+    let columns = layout.take(planes * group * padded)
     let scratch = layout.take(RowAttention.floats(rows: m, keyDim: request.keyDim, valueDim: 0))
     let workspace = Workspace()
     let memory = workspace.floats(layout.total)
-    (memory + columns).update(repeating: 0, count: group * padded)
+    (memory + columns).update(repeating: 0, count: planes * group * padded)
+    var entropy = 0.0
 
     for first in stride(from: 0, to: request.window, by: tokens) {
       let count = min(tokens, request.window - first)
@@ -68,8 +70,19 @@ extension CPUBackend {
           to: block, kept: weights, keptOffset: offset)
         offset += CPUBackend.padded(request.heads[index].count)
       }
-      addColumns(weights, block, rows: rows, group: group, padded: padded, to: memory + columns)
+      switch request.statistic {
+      case .belowEvenShare:
+        countBelow(weights, block, request, work, tokens: first..<first + count, padded: padded, to: memory + columns)
+      default:
+        addColumns(weights, block, request, rows: rows, isFirst: first == 0, padded: padded, to: memory + columns)
+      }
+      if request.totals != nil { entropy += self.entropy(weights, block, request, work, rows: rows) }
     }
+    if let totals = request.totals {
+      totals[request.heads[work.lowerBound].kvHead] = WindowTotals(
+        entropy: entropy, variance: variance(memory + columns, request, work, padded: padded))
+    }
+    finish(memory + columns, request, padded: padded)
     reduce(memory + columns, group: group, padded: padded, request.reduction, work, request, target)
   }
 
@@ -86,18 +99,115 @@ extension CPUBackend {
     }
   }
 
-  /// Adds the probabilities of every query row to the column sums of its query head.
+  /// Factor that makes probabilities of a block's exponentials of one query row; 0 when it sees nothing there.
+  private func factor(_ block: PartialBlock, row: Int, maximum: Float) -> Float {
+    guard block.sums[row] > 0, maximum > -.infinity else { return 0 }
+    return exponential(maximum - block.maxima[row]) / block.sums[row]
+  }
+
+  /// Adds the probabilities of every query row to the columns of its query head: the sum or the maximum, and with
+  /// moments their spread around those of the first query.
   private func addColumns(
-    _ weights: KeptWeights, _ block: PartialBlock, rows: Int, group: Int, padded: Int,
-    to columns: UnsafeMutablePointer<Float>
+    _ weights: KeptWeights, _ block: PartialBlock, _ request: WindowScoreRequest, rows: Int, isFirst: Bool,
+    padded: Int, to columns: UnsafeMutablePointer<Float>
   ) {
+    let group = request.group
+    let moments = request.columnPlanes > 1
     for first in stride(from: 0, to: padded, by: blockRows) {
       let maxima = weights.maxima + first / blockRows * rows
-      for row in 0..<rows where block.sums[row] > 0 && maxima[row] > -.infinity {
-        let factor = exponential(maxima[row] - block.maxima[row]) / block.sums[row]
-        kernels.pointee.axpy!(
-          columns + row % group * padded + first, weights.base + row * weights.stride + first, factor, blockRows)
+      for row in 0..<rows {
+        let factor = factor(block, row: row, maximum: maxima[row])
+        let source = weights.base + row * weights.stride + first
+        let target = columns + row % group * padded + first
+        if moments {
+          let spread = target + group * padded
+          let origin = spread + group * padded
+          if isFirst, row < group, factor > 0 { kernels.pointee.axpy!(origin, source, factor, blockRows) }
+          kernels.pointee.moments!(target, spread, origin, source, factor, blockRows)
+        } else if factor > 0 {
+          let add = request.statistic == .max ? kernels.pointee.max_scaled! : kernels.pointee.axpy!
+          add(target, source, factor, blockRows)
+        }
       }
+    }
+  }
+
+  /// Counts, for every row and query head, the queries that see the row and give it less than an even share.
+  private func countBelow(
+    _ weights: KeptWeights, _ block: PartialBlock, _ request: WindowScoreRequest, _ work: Range<Int>,
+    tokens: Range<Int>, padded: Int, to columns: UnsafeMutablePointer<Float>
+  ) {
+    let group = request.group
+    for (local, token) in tokens.enumerated() {
+      let position = request.firstPosition + token
+      var live = 0
+      for index in work { live += request.heads[index].live(upTo: position) }
+      let pivot = 1 / Float(max(live, 1))
+      for member in 0..<group {
+        let row = local * group + member
+        var offset = 0
+        for index in work {
+          let rows = request.heads[index]
+          let visible = rows.lowerBound(position + 1)
+          for first in stride(from: 0, to: visible, by: blockRows) {
+            let maximum = weights.maxima[(offset + first) / blockRows * tokens.count * group + row]
+            kernels.pointee.count_below!(
+              columns + member * padded + offset + first, weights.base + row * weights.stride + offset + first,
+              factor(block, row: row, maximum: maximum), pivot, min(blockRows, visible - first))
+          }
+          offset += CPUBackend.padded(rows.count)
+        }
+      }
+    }
+  }
+
+  /// Entropy over the rows older than the window, of some query rows.
+  private func entropy(
+    _ weights: KeptWeights, _ block: PartialBlock, _ request: WindowScoreRequest, _ work: Range<Int>, rows: Int
+  ) -> Double {
+    var total = 0.0
+    for row in 0..<rows {
+      var offset = 0
+      for index in work {
+        let past = request.heads[index].lowerBound(request.firstPosition)
+        for first in stride(from: 0, to: past, by: blockRows) {
+          let maximum = weights.maxima[(offset + first) / blockRows * rows + row]
+          let factor = factor(block, row: row, maximum: maximum)
+          if factor == 0 { continue }
+          total += kernels.pointee.entropy!(
+            weights.base + row * weights.stride + offset + first, factor, min(blockRows, past - first))
+        }
+        offset += CPUBackend.padded(request.heads[index].count)
+      }
+    }
+    return total
+  }
+
+  /// The sum over query heads and rows older than the window of the variance over the window.
+  private func variance(
+    _ columns: UnsafePointer<Float>, _ request: WindowScoreRequest, _ work: Range<Int>, padded: Int
+  ) -> Double {
+    if request.columnPlanes < 3 { return 0 }
+    var total = 0.0
+    for member in 0..<request.group {
+      var offset = member * padded
+      for index in work {
+        let past = request.heads[index].lowerBound(request.firstPosition)
+        for slot in offset..<offset + past {
+          total += Double(request.variance(columns, slot, plane: request.group * padded))
+        }
+        offset += CPUBackend.padded(request.heads[index].count)
+      }
+    }
+    return total
+  }
+
+  /// Turns moments into the score of each query head, in the first plane.
+  private func finish(_ columns: UnsafeMutablePointer<Float>, _ request: WindowScoreRequest, padded: Int) {
+    guard case .meanVariance(let gamma) = request.statistic else { return }
+    let plane = request.group * padded
+    for slot in 0..<plane {
+      columns[slot] = columns[slot] / Float(request.window) + gamma * request.variance(columns, slot, plane: plane)
     }
   }
 
@@ -125,5 +235,32 @@ extension CPUBackend {
       }
       offset += CPUBackend.padded(count)
     }
+  }
+}
+
+extension WindowScoreRequest {
+  /// Columns a query head needs while the window is walked: the score; with moments also the spread around the first
+  /// query, and the first query.
+  fileprivate var columnPlanes: Int {
+    if case .meanVariance = statistic { return 3 }
+    return totals == nil || statistic != .sum ? 1 : 3
+  }
+
+  /// Variance over the window from sum, spread and origin, which lie `plane` floats apart.
+  fileprivate func variance(_ columns: UnsafePointer<Float>, _ slot: Int, plane: Int) -> Float {
+    if window < 2 { return 0 }
+    let offset = columns[slot] - Float(window) * columns[2 * plane + slot]
+    return max(0, columns[plane + slot] - offset * offset / Float(window)) / Float(window - 1)
+  }
+}
+
+extension RowsWork {
+  /// Live rows at or before a position.
+  fileprivate func live(upTo position: Int) -> Int {
+    let visible = lowerBound(position + 1)
+    guard let bias else { return visible }
+    var count = 0
+    for row in 0..<visible where bias[row] != -.infinity { count += 1 }
+    return count
   }
 }

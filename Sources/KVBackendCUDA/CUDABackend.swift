@@ -95,9 +95,12 @@ package final class CUDABackend: ComputeBackend {
   package func require(_ observer: any AttentionObserver) throws(KVError) {
     guard observer is AttentionSum else {
       throw KVError(
-        .unsupported, "the CUDA backend adds attention up and has no other statistics; \(observer) needs the CPU backend")
+        .unsupported,
+        "the CUDA backend adds attention up and has no other statistics; \(observer) needs the CPU backend")
     }
   }
+
+  package var hasWindowStatistics: Bool { false }
 
   /// Copies on the card may not overlap.
   package var movesOverlappingRows: Bool { false }

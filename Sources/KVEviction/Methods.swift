@@ -12,6 +12,7 @@ public enum EvictionMethods {
     Selection.expectedAttentionMethod, Selection.randomMethod, Selection.criticalMethod,
     Selection.pyramidMethod, Selection.adaKVMethod,
     Selection.tovaMethod, Selection.lazyEvictionMethod,
+    Selection.scissorhandsMethod, Selection.cakeMethod,
     Selection.scheduleMethod,
   ]
 }

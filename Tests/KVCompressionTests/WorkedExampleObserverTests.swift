@@ -1,3 +1,4 @@
+import Foundation
 import KVCompression
 import KVExperiments
 import Testing
@@ -151,6 +152,99 @@ import Testing
       }
     }
     return result[0]
+  }
+
+  // MARK: Window statistics (A5, A8)
+
+  /// One head of one channel, keys 1: a query's logits are all alike unless biased; rows are made by the keys instead.
+  /// Attention rows a_{t,j} are reached with keys ln a and a query of 1 when rows sum to 1.
+  private func statistics(
+    _ rows: [[Float]], _ statistic: WindowStatistic
+  ) throws -> (scores: [Float], totals: WindowTotals) {
+    let tokens = rows[rows.count - 1].count
+    let window = rows.count
+    // One channel a query: query i is the unit vector i, key j holds the logarithms of column j.
+    let dim = window
+    let policy = Policy(
+      try .snapKV(budget: .tokens(tokens + window + 1), window: window, kernel: 1), store: .dense(.f32))
+    let cache = try KVCache(
+      policy, queryHeads: 1, kvHeads: 1, dim: dim, attention: AttentionOptions(scale: 1))
+    var keys = [Float](repeating: -40, count: tokens * dim)
+    for (query, row) in rows.enumerated() {
+      for (token, weight) in row.enumerated() { keys[token * dim + query] = weight == 0 ? -40 : log(weight) }
+    }
+    var queries = [Float](repeating: 0, count: tokens * dim)
+    for query in 0..<window { queries[(tokens - window + query) * dim + query] = 1 }
+    let k = try HeadTensor(heads: 1, tokens: tokens, dim: dim, elements: keys)
+    try cache.append(k, k)
+    _ = try cache.attend(HeadTensor(heads: 1, tokens: tokens, dim: dim, elements: queries))
+    let view = cache.view
+    var table = ScoreTable(counts: view.rowCounts)
+    let totals = try view.windowStatistics(
+      statistic, window: window, reduction: .sum, totals: true, into: &table)
+    return ((0..<tokens).map { table[0, $0] }, totals)
+  }
+
+  @Test func lowCountsOfTheOracle() throws {
+    let rows: [[Float]] = [[0.4, 0.1, 0.3, 0.2], [0.3, 0.05, 0.25, 0.25, 0.15], [0.3, 0.05, 0.1, 0.25, 0.1, 0.2]]
+    #expect(try statistics(rows, .belowEvenShare).scores == [0, 3, 1, 1, 2, 0])
+    #expect(try isClose(statistics(rows, .max).scores, [0.4, 0.1, 0.3, 0.25, 0.15, 0.2]))
+    #expect(try isClose(statistics(rows, .sum).scores, [1, 0.2, 0.65, 0.7, 0.25, 0.2]))
+  }
+
+  /// The oracle's past rows; what is missing to 1 lies in the window, of which the first row is seen by both queries.
+  @Test func momentsAndEntropyOfTheOracle() throws {
+    let rows: [[Float]] = [[0.5, 0.3, 0.1, 0.1], [0.1, 0.3, 0.4, 0.1, 0.1]]
+    let (scores, totals) = try statistics(rows, .meanVariance(gamma: 200))
+    #expect(isClose(Array(scores[..<3]), [16.3, 0.3, 9.25], 1e-3))
+    #expect(abs(totals.entropy - 1.89599) < 1e-4 && abs(totals.variance - 0.125) < 1e-5)
+    let cake = LayerPreference(window: 2, tau1: 1, tau2: 1)
+    #expect(abs(cake.preference(entropy: totals.entropy, variance: totals.variance) - 0.2370) < 1e-4)
+  }
+
+  /// Full buffers lose half at once; what is newest stays.
+  @Test func scissorhandsDropsInBatches() throws {
+    let cache = try KVCache(
+      Policy(try .scissorhands(buffer: .tokens(12), history: 5, recent: 3), store: .dense(.f32)), queryHeads: 2,
+      kvHeads: 1, dim: 4)
+    var held: [Int] = []
+    for token in 0..<30 {
+      try cache.append(normalTensor(1, 1, 4, seed: UInt64(token)), normalTensor(1, 1, 4, seed: UInt64(token + 50)))
+      _ = try cache.attend(normalTensor(2, 1, 4, seed: UInt64(token + 100)))
+      if token == 7 { try cache.finishPrefill() }
+      let rows = try cache.rows(layer: 0, head: 0)
+      held.append(rows.count)
+      #expect(rows.suffix(3) == Array(max(0, token - 2)...token)[...])
+    }
+    #expect(held == Array(1...12) + Array(6...12) + Array(6...12) + Array(6...9))
+  }
+
+  // MARK: Bounded prompts
+
+  /// A prompt in chunks never holds more than budget and chunk, and what the policy remembers of as many rows.
+  @Test(arguments: [
+    "h2o(budget=128)+schedule(chunks=true)", "tova(budget=128)+schedule(chunks=true)",
+    "snapkv(budget=128,window=16)+schedule(chunks=true)",
+    "streaming(sinks=4,recent=124,positions=keep)+schedule(chunks=true)",
+  ])
+  func chunkedPromptsAreBounded(text: String) throws {
+    let (budget, chunk, heads, dim) = (128, 64, 2, 64)
+    let policy = try PolicyRegistry.standard.policy(text + "+f32")
+    let cache = try KVCache(policy, queryHeads: 2 * heads, kvHeads: heads, dim: dim)
+    let meter = cache.backend.memory
+    for start in stride(from: 0, to: 1024, by: chunk) {
+      try cache.append(
+        normalTensor(heads, chunk, dim, seed: UInt64(start)), normalTensor(heads, chunk, dim, seed: UInt64(start + 1)))
+      _ = try cache.attend(normalTensor(2 * heads, chunk, dim, seed: UInt64(start + 2)))
+      #expect(cache.rowsHeld(layer: 0, head: 1) == min(start + chunk, budget))
+    }
+    try cache.finishPrefill()
+    let rows = (budget + chunk) * heads * 2 * dim * 4
+    // Position, log bias and one number a row, grown and copied once; queries of the window.
+    let statistics = 2 * heads * (budget + chunk + 64) * 12 + policy.inputs.windowQueries * 2 * heads * dim * 4
+    #expect(meter.peakBytes <= rows + statistics, "\(meter.peakBytes) of \(rows) and \(statistics)")
+    #expect(meter.peakBytes >= rows, "the bound is near")
+    #expect(cache.bytes.total == meter.liveBytes)
   }
 
   // MARK: Columns follow rows

@@ -140,6 +140,9 @@ package struct WindowScoreRequest {
   package var scale: Float
   package var softcap: Float
   package var reduction: GroupReduction
+  package var statistic = WindowStatistic.sum
+  /// Of each KV head, when they are wanted.
+  package var totals: UnsafeMutablePointer<WindowTotals>?
   /// Per KV head: key slices, positions and count, in slot order.
   package var heads: [RowsWork]
   package var slices: [RunSlice]

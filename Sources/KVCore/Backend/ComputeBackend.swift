@@ -87,13 +87,16 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// Adds to `sums` the rows of a list, each times its weight.
   func addRows(_ rows: [RunSlice], dim: Int, weights: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>)
 
-  /// Column sums of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
+  /// Whether window scores can be more than sums.
+  var hasWindowStatistics: Bool { get }
+  /// Statistics of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
 }
 
 extension ComputeBackend {
   package func require(_ observer: any AttentionObserver) throws(KVError) {}
   package var movesOverlappingRows: Bool { true }
+  package var hasWindowStatistics: Bool { true }
 
   package func require(_ format: SideFormat) throws(KVError) {}
 

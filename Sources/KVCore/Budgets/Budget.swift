@@ -184,3 +184,39 @@ extension Budget {
     return Int(abs(product - nearest) <= product * 0x1p-51 ? nearest : product.rounded(.down))
   }
 }
+
+extension Budget {
+  /// The same budget, a share of it: tokens and bytes rounded down, at least 1.
+  ///
+  /// - Throws: `invalidOption` for a share outside (0, 1].
+  public func scaled(by share: Double) throws(KVError) -> Budget {
+    guard share > 0, share <= 1 else {
+      throw KVError(.invalidOption, "a budget is scaled by a share above 0 and at most 1; got \(share)")
+    }
+    switch kind {
+    case .tokens(let count): return .tokens(Budget.scale(count, share))
+    case .fraction(let part): return .fraction(part * share)
+    case .bytes(let count): return .bytes(Budget.scale(count, share))
+    case .unlimited: return .unlimited
+    case .perLayer(let table):
+      var scaled: [Budget] = []
+      for budget in table { scaled.append(try budget.scaled(by: share)) }
+      return .perLayer(scaled)
+    case .perHead(let table):
+      var scaled: [[Budget]] = []
+      for heads in table {
+        var own: [Budget] = []
+        for budget in heads { own.append(try budget.scaled(by: share)) }
+        scaled.append(own)
+      }
+      return .perHead(scaled)
+    }
+  }
+
+  /// A product within rounding of an integer counts as that integer.
+  private static func scale(_ count: Int, _ share: Double) -> Int {
+    let product = Double(count) * share
+    let nearest = product.rounded()
+    return max(1, Int(abs(product - nearest) <= product * 0x1p-51 ? nearest : product.rounded(.down)))
+  }
+}

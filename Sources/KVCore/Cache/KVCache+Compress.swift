@@ -101,7 +101,7 @@ extension KVCache {
     switch state.phase {
     case .prefill:
       if policy.schedule.afterPrefillChunks {
-        try compress([state], when: true)
+        try compress([state], when: true, moreToCome: true)
         try settle(state)
       }
     case .decode:
@@ -171,7 +171,8 @@ extension KVCache {
   // MARK: Score, allocate, route, apply
 
   private func compress(
-    _ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false, calibrates: Bool = false
+    _ states: [LayerState], when due: Bool, room: Int = 0, asked: Bool = false, calibrates: Bool = false,
+    moreToCome: Bool = false
   ) throws(KVError) {
     let chosen = due ? states.filter { selects($0) && (asked || isTriggered($0)) } : []
     if chosen.isEmpty, !calibrates { return }
@@ -184,7 +185,7 @@ extension KVCache {
     }
     if calibrates { for state in states { try calibrate(state) } }
     for plan in plans {
-      try apply(plan)
+      try apply(plan, moreToCome: moreToCome)
       plan.state.chosenTokens = plan.state.seen
       // Probes are of the tokens to come.
       if plan.state.probeStore != nil {
@@ -352,7 +353,9 @@ extension KVCache {
           + "tokens were not observed. Attend through the cache, or call observe(layer:attention:)",
         layer: state.layer)
     }
-    if windowQueries > 0 || probes != nil, state.observedQueries < state.seen {
+    if windowQueries > 0 || probes != nil, state.phase == .prefill || !queriesOfPromptsOnly || probes != nil,
+      state.observedQueries < state.seen
+    {
       throw KVError(
         .missingInput,
         "\(policy.spec) needs the newest queries; those of the last \(state.seen - state.observedQueries) tokens were "
@@ -360,7 +363,8 @@ extension KVCache {
     }
   }
 
-  private func apply(_ plan: LayerPlan) throws(KVError) {
+  /// With `moreToCome` gaps are closed inside the memory there is, which the next chunk needs again.
+  private func apply(_ plan: LayerPlan, moreToCome: Bool) throws(KVError) {
     let state = plan.state
     if state.phase == .prefill { state.allocation = plan.allocation }
     let before = plan.rows.max() ?? 0
@@ -396,7 +400,13 @@ extension KVCache {
       if let memory = routing.memory { state.routerMemory = memory }
       // Only memory that is given back could fail from here on, and then it stays.
       for index in leaving { try state.segments[index].drop(dropped[index]) }
-      for index in leaving { try state.segments[index].reclaim(eager: eager) }
+      for index in leaving {
+        if moreToCome {
+          try state.segments[index].reclaimInPlace()
+        } else {
+          try state.segments[index].reclaim(eager: eager)
+        }
+      }
     } catch {
       throw error.at(layer: state.layer)
     }

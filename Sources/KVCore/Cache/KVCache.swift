@@ -36,6 +36,8 @@ public final class KVCache {
   /// Which of all queries the policy looks at.
   package let probes: ProbeQueries?
   package let queriesWhileDecoding: Bool
+  /// Whether the policy asks for queries of prompts alone.
+  package let queriesOfPromptsOnly: Bool
   /// Whether the attention kernel adds straight into the observer's column.
   package let sumsInPlace: Bool
   package let cachedLayers: Int
@@ -69,6 +71,7 @@ public final class KVCache {
     let needed = policy.inputs
     observer = needed.observer
     windowQueries = needed.windowQueries
+    queriesOfPromptsOnly = !needed.queriesWhileDecoding
     probes = needed.probes
     queriesWhileDecoding =
       (needed.queriesWhileDecoding || probes != nil) && policy.schedule.decodeInterval != nil
@@ -96,6 +99,7 @@ public final class KVCache {
     let needed = policy.inputs
     observer = needed.observer
     windowQueries = needed.windowQueries
+    queriesOfPromptsOnly = !needed.queriesWhileDecoding
     probes = needed.probes
     queriesWhileDecoding =
       (needed.queriesWhileDecoding || probes != nil) && policy.schedule.decodeInterval != nil

@@ -10,6 +10,8 @@ public final class LayerView {
   public let tokensChosen: Int
   /// Tokens decoded since the cache was made.
   public let decodedTokens: Int
+  /// Whether the layer's prompt is not finished.
+  public let isPrompt: Bool
   /// Tokens of the prompt whose queries can have been kept.
   let observableTokens: Int
   package let segments: [any Segment]
@@ -58,6 +60,7 @@ public final class LayerView {
     tokensSeen = state.seen
     tokensChosen = state.chosenTokens
     decodedTokens = state.decodedTokens
+    isPrompt = state.phase == .prefill
     observableTokens = state.seen - state.promptStart
     segments = state.segments
     routerMemory = state.routerMemory
@@ -183,6 +186,22 @@ public final class LayerView {
   public func windowAttention(
     window: Int, reduction: GroupReduction, into scores: inout ScoreTable
   ) throws(KVError) {
+    _ = try windowStatistics(.sum, window: window, reduction: reduction, into: &scores)
+  }
+
+  /// Any statistic of the same softmax rows, reduced over the query heads of each KV head, and what they say of the layer
+  /// as a whole. Entropy is only made when `totals` asks for it, the variance when the statistic needs it or `totals`
+  /// asks.
+  ///
+  /// - Throws: `missingInput` when fewer queries were observed than the window needs, `unsupported` on backends that
+  ///   only sum.
+  public func windowStatistics(
+    _ statistic: WindowStatistic, window: Int, reduction: GroupReduction, totals: Bool = false,
+    into scores: inout ScoreTable
+  ) throws(KVError) -> WindowTotals {
+    guard backend.hasWindowStatistics || statistic == .sum && !totals else {
+      throw KVError(.unsupported, "\(backend.name) sums window attention and has no other statistics", layer: layer)
+    }
     let wanted = min(window, observableTokens)
     guard let queryWindow, wanted > 0, queryWindow.count >= wanted else {
       throw KVError(
@@ -192,9 +211,16 @@ public final class LayerView {
         layer: layer)
     }
     for head in 0..<kvHeads { for row in 0..<rowCount(head: head) { scores[head, row] = 0 } }
-    addWindow(
-      queryWindow.newest(wanted), count: wanted, firstPosition: tokensSeen - wanted, reduction: reduction, keyWork(),
-      into: &scores)
+    var headTotals = totals ? Array(repeating: WindowTotals(), count: kvHeads) : []
+    headTotals.withUnsafeMutableBufferPointer {
+      addWindow(
+        queryWindow.newest(wanted), count: wanted, firstPosition: tokensSeen - wanted, reduction: reduction,
+        keyWork(), statistic: statistic, totals: totals ? $0.baseAddress : nil, into: &scores)
+    }
+    return headTotals.reduce(into: WindowTotals()) {
+      $0.entropy += $1.entropy
+      $0.variance += $1.variance
+    }
   }
 
   /// The keys of every head and segment, described for a backend.
@@ -228,20 +254,24 @@ public final class LayerView {
     return result
   }
 
-  /// Adds the attention of `count` neighbouring queries, [queryHeads][count][keyDim], to the scores of the rows.
+  /// Adds a statistic of the attention of `count` neighbouring queries, [queryHeads][count][keyDim], to the scores of
+  /// the rows. `totals` has room for one per KV head.
   package func addWindow(
     _ queries: [Float], count: Int, firstPosition: Int, reduction: GroupReduction, _ work: KeyWork,
+    statistic: WindowStatistic = .sum, totals: UnsafeMutablePointer<WindowTotals>? = nil,
     into scores: inout ScoreTable
   ) {
     var slots = ScoreTable()
     slots.reset(counts: work.heads.map(\.count))
     queries.withUnsafeBufferPointer { buffer in
       guard let base = buffer.baseAddress else { return }
-      backend.windowScores(
-        WindowScoreRequest(
-          queries: base, window: count, firstPosition: firstPosition, group: shape.group,
-          keyDim: shape.keyDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
-          softcap: options.softcap ?? 0, reduction: reduction, heads: work.heads, slices: work.slices), into: &slots)
+      var request = WindowScoreRequest(
+        queries: base, window: count, firstPosition: firstPosition, group: shape.group, keyDim: shape.keyDim,
+        scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(), softcap: options.softcap ?? 0,
+        reduction: reduction, heads: work.heads, slices: work.slices)
+      request.statistic = statistic
+      request.totals = totals
+      backend.windowScores(request, into: &slots)
     }
     // From slots of segments to live rows.
     for head in 0..<kvHeads {

@@ -2,6 +2,8 @@
 public struct ScoreTable: Sendable {
   package var values: [Float] = []
   package private(set) var starts: [Int] = [0]
+  /// What the scorer tells an allocator about the layer as a whole, such as how spread its attention is. Empty at first.
+  public var measures: [Double] = []
 
   public init() {}
 
@@ -12,6 +14,7 @@ public struct ScoreTable: Sendable {
   public mutating func reset(counts: [Int]) {
     starts.removeAll(keepingCapacity: true)
     values.removeAll(keepingCapacity: true)
+    measures.removeAll(keepingCapacity: true)
     var total = 0
     starts.append(0)
     for count in counts {

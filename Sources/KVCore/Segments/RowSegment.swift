@@ -272,6 +272,13 @@ package final class RowSegment: Segment {
 
   package func drop(head: Int, slot: Int) { heads[head].drop(slot) }
 
+  package func reclaimInPlace() throws(KVError) {
+    for head in heads.indices where heads[head].dead > 0 {
+      if try heads[head].compactInPlace(backend: backend) { continue }
+      heads[head] = try heads[head].reclaimed(backend: backend)
+    }
+  }
+
   package func reclaim(eager: Bool) throws(KVError) {
     for head in heads.indices where heads[head].dead > 0 {
       if !eager, heads[head].dead < heads[head].reclaimThreshold { continue }

@@ -50,6 +50,8 @@ package protocol Segment: AnyObject {
 
   /// Gives memory of dead slots back: all of it when `eager`, else when enough has gathered to be worth it.
   func reclaim(eager: Bool) throws(KVError)
+  /// Closes the gaps of dead slots without asking for memory, where the representation can: it will be needed again.
+  func reclaimInPlace() throws(KVError)
 
   /// Cuts off every slot at or after `position`.
   func truncate(to position: Int) throws(KVError)
@@ -107,6 +109,7 @@ package protocol Segment: AnyObject {
 }
 
 extension Segment {
+  package func reclaimInPlace() throws(KVError) { try reclaim(eager: true) }
   package var dropsInPlace: Bool { false }
   package func prepareDrop() throws(KVError) {}
   package func drop(head: Int, slot: Int) { preconditionFailure("this representation drops by lists") }

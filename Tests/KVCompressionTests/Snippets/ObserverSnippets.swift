@@ -8,7 +8,9 @@ import Testing
     let lazy = Policy(try .lazyEviction(budget: .tokens(1334), window: 52, alpha: 5e-4), store: .dense(.f16))
     let decoding = Policy(
       try .snapKV(budget: .tokens(2048)).rescheduled(chunks: true, every: 64), store: .dense(.f16))
-    for policy in [tova, lazy, decoding] {
+    let scissors = Policy(try .scissorhands(buffer: .tokens(1024), drop: 0.5), store: .dense(.f16))
+    let cake = Policy(try .cake(budget: .tokens(1024), tau1: 1.6, tau2: 0.4), store: .dense(.f16))
+    for policy in [tova, lazy, decoding, scissors, cake] {
       #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
     }
   }
