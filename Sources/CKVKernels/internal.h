@@ -180,6 +180,20 @@ CKV_INLINE void ckv_hadamard_block(float *x, uint32_t block) {
   for (uint32_t i = 0; i < block; i++) x[i] *= scale;
 }
 
+CKV_INLINE void ckv_turn_rows(float *rows, size_t stride, uint32_t count, uint32_t pairs, const size_t step,
+                              size_t partner, const float *cosines, const float *sines, const uint32_t *offsets) {
+#pragma STDC FP_CONTRACT OFF
+  for (uint32_t i = 0; i < count; i++) {
+    float *restrict x = rows + i * stride, *restrict y = x + partner;
+    const float *restrict c = cosines + (size_t)offsets[i] * pairs, *restrict s = sines + (size_t)offsets[i] * pairs;
+    for (uint32_t p = 0; p < pairs; p++) {
+      float a = x[p * step], b = y[p * step];
+      x[p * step] = a * c[p] - b * s[p];
+      y[p * step] = b * c[p] + a * s[p];
+    }
+  }
+}
+
 /* ---- levels --------------------------------------------------------------------------------------------------- */
 
 extern const ckv_kernels ckv_portable;

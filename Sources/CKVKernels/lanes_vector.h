@@ -160,3 +160,10 @@ static uint64_t read_memory(const void *data, size_t n) {
   for (int k = 0; k < VN; k++) total += lanes[k];
   return total;
 }
+
+/* The portable loop, compiled for the level: the compiler makes vectors of it. */
+static void turn(float *rows, size_t stride, uint32_t count, uint32_t pairs, size_t step, size_t partner,
+                 const float *cosines, const float *sines, const uint32_t *offsets) {
+  if (step == 1) ckv_turn_rows(rows, stride, count, pairs, 1, partner, cosines, sines, offsets);
+  else ckv_turn_rows(rows, stride, count, pairs, 2, partner, cosines, sines, offsets);
+}

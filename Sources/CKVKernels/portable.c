@@ -221,6 +221,12 @@ static void hadamard(float *rows, size_t stride, uint32_t count, uint32_t dim, u
     for (uint32_t c = 0; c < dim; c += block) ckv_hadamard_block(rows + r * stride + c, block);
 }
 
+static void turn(float *rows, size_t stride, uint32_t count, uint32_t pairs, size_t step, size_t partner,
+                 const float *cosines, const float *sines, const uint32_t *offsets) {
+  if (step == 1) ckv_turn_rows(rows, stride, count, pairs, 1, partner, cosines, sines, offsets);
+  else ckv_turn_rows(rows, stride, count, pairs, 2, partner, cosines, sines, offsets);
+}
+
 static uint64_t read_memory(const void *data, size_t n) {
   uint64_t sum = 0;
   for (const uint64_t *p = data, *end = p + n / 8; p < end; p++) sum += *p;
@@ -241,6 +247,7 @@ const ckv_kernels ckv_portable = {
     .mix_rows = mix_rows,
     .scan_rows = scan_rows,
     .fold = fold,
+    .turn = turn,
     .convert = convert,
     .first_nonfinite = first_nonfinite,
     .encode_channel = encode_channel,

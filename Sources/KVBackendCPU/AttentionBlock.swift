@@ -71,6 +71,10 @@ struct RowAttention {
   let logits: UnsafeMutablePointer<Float>
   let scratch: UnsafeMutablePointer<Float>
   let mapped: UnsafeMutablePointer<Float>
+  /// What restoring latents needs; nil where no row is one.
+  var latent: LatentSpace?
+  /// Keys of the rows in work are restored and turned tile by tile.
+  var tile: RotatedTile?
 
   static func floats(rows: Int, keyDim: Int, valueDim: Int) -> Int {
     let dim = UInt32(max(keyDim, valueDim))
@@ -105,6 +109,17 @@ struct RowAttention {
     _ work: RowsWork, range: Range<Int>, queries: QueryBlock, to partial: PartialBlock, kept: KeptWeights? = nil,
     keptOffset: Int = 0
   ) {
+    if let lowRank = work.lowRank, let latent {
+      addLatents(work, lowRank, latent, range, queries, partial, kept, keptOffset)
+      return
+    }
+    addRows(work, range, queries, partial, kept, keptOffset)
+  }
+
+  func addRows(
+    _ work: RowsWork, _ range: Range<Int>, _ queries: QueryBlock, _ partial: PartialBlock, _ kept: KeptWeights?,
+    _ keptOffset: Int
+  ) {
     var start = range.lowerBound
     while start < range.upperBound {
       let end = min(start + blockRows, range.upperBound)
@@ -129,7 +144,17 @@ struct RowAttention {
     }
     if visible.isEmpty { return }
     let offset = visible.lowerBound - block.lowerBound
-    form(work.keys, visible, queries, into: target + offset, stride: stride)
+    if let tile {
+      formRotated(work, tile, visible, queries, into: target + offset, stride: stride)
+    } else {
+      form(work.keys, visible, queries, into: target + offset, stride: stride)
+    }
+    if let shift = latent?.logitShift {
+      for row in 0..<m where shift[row] != 0 {
+        let line = target + offset + row * stride
+        for i in 0..<visible.count { line[i] += shift[row] }
+      }
+    }
 
     for token in 0..<queries.tokens {
       let own = rows(work, queries, token: token).clamped(to: visible)
@@ -262,7 +287,7 @@ struct RowAttention {
   }
 
   /// Calls `body(run, first row of the run, count, offset from range.lowerBound)` for every slice that meets `range`.
-  private func forEach(_ slices: Range<Int>, _ range: Range<Int>, _ body: (RowRun, Int, Int, Int) -> Void) {
+  func forEach(_ slices: Range<Int>, _ range: Range<Int>, _ body: (RowRun, Int, Int, Int) -> Void) {
     var start = 0
     for index in slices {
       let slice = plan.slices[index]

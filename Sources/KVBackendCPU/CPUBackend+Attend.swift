@@ -70,7 +70,8 @@ extension CPUBackend {
       scratchFloats = max(
         scratchFloats,
         RowAttention.floats(
-          rows: sequence.tokens * sequence.group, keyDim: sequence.keyDim, valueDim: sequence.valueDim))
+          rows: sequence.tokens * sequence.group, keyDim: sequence.keyDim, valueDim: sequence.valueDim)
+          + LatentSpace.floats(plan, sequence))
       addPieces(of: index, plan, to: pieces, filled: &filled, layout: &layout)
     }
     let workers = min(threads, max(filled, 1))
@@ -169,9 +170,13 @@ extension CPUBackend {
   func rowAttention(
     _ sequence: SequenceWork, _ view: AttentionPlanView, rows: Int, scratch: UnsafeMutablePointer<Float>
   ) -> RowAttention {
-    RowAttention(
+    var attention = RowAttention(
       kernels: kernels, plan: view, keyDim: sequence.keyDim, valueDim: sequence.valueDim, scale: sequence.scale,
       softcap: sequence.softcap, slidingWindow: sequence.slidingWindow, rows: rows, memory: scratch)
+    attention.latent = LatentSpace(
+      memory: scratch
+        + RowAttention.floats(rows: rows, keyDim: sequence.keyDim, valueDim: sequence.valueDim), backend: self)
+    return attention
   }
 
   /// Merges the partials of one head in row order, writes the output, adds the statistics.
@@ -197,7 +202,7 @@ extension CPUBackend {
     }
   }
 
-  private func merge(_ part: PartialBlock, into total: PartialBlock, rows: Int, dim: Int) {
+  func merge(_ part: PartialBlock, into total: PartialBlock, rows: Int, dim: Int) {
     for row in 0..<rows where part.sums[row] > 0 {
       let target = total.accumulators + row * dim
       let source = part.accumulators + row * dim

@@ -24,7 +24,7 @@ extension CPUBackend {
     let perWorker =
       RowAttention.floats(rows: m, keyDim: sequence.keyDim, valueDim: sequence.valueDim)
       + m * sequence.keyDim + PartialBlock.floats(rows: m, valueDim: sequence.valueDim)
-      + (scored ? m * longest + m * longest / blockRows : 0) + 64
+      + (scored ? m * longest + m * longest / blockRows : 0) + 64 + LatentSpace.floats(plan, sequence, rows: m)
     let items = heads.count * blocks
     let workers = max(1, min(threads, items))
     let stride = (perWorker + 15) / 16 * 16

@@ -45,6 +45,7 @@ extension CPUBackend {
     let planes = request.columnPlanes
     let columns = layout.take(planes * group * padded)
     let scratch = layout.take(RowAttention.floats(rows: m, keyDim: request.keyDim, valueDim: 0))
+    let latents = layout.take(LatentSpace.floats(request.heads[work], rows: m, keyDim: request.keyDim, valueDim: 0))
     let workspace = Workspace()
     let memory = workspace.floats(layout.total)
     (memory + columns).update(repeating: 0, count: planes * group * padded)
@@ -53,9 +54,10 @@ extension CPUBackend {
     for first in stride(from: 0, to: request.window, by: tokens) {
       let count = min(tokens, request.window - first)
       let rows = count * group
-      let attention = RowAttention(
+      var attention = RowAttention(
         kernels: kernels, plan: view, keyDim: request.keyDim, valueDim: 0, scale: request.scale,
         softcap: request.softcap, slidingWindow: 0, rows: m, memory: memory + scratch)
+      attention.latent = LatentSpace(memory: memory + latents, backend: self)
       gatherQueries(
         request, kvHead: request.heads[work.lowerBound].kvHead, tokens: first..<first + count, into: memory + queries)
       let block = PartialBlock(at: memory + partial, rows: rows)

@@ -40,6 +40,9 @@ package final class CPUBackend: ComputeBackend {
   /// A table of function pointers in static memory.
   nonisolated(unsafe) let kernels: UnsafePointer<ckv_kernels>
 
+  /// Tables of the rotary embeddings met so far: few, and the same for every cache of a model.
+  private let rotaryOffsets = Mutex<[(rotary: RotaryEmbedding, table: RotaryOffsets)]>([])
+
   package var name: String { "cpu (\(levelName), \(threads) thread\(threads == 1 ? "" : "s"))" }
 
   package init(threads: Int? = nil, level: String? = nil) throws(KVError) {
@@ -68,6 +71,16 @@ package final class CPUBackend: ComputeBackend {
       throw KVError(.invalidOption, "threads must lie in 1...1024; got \(resolved)")
     }
     self.threads = resolved
+  }
+
+  func offsets(of rotary: RotaryEmbedding) -> RotaryOffsets {
+    rotaryOffsets.withLock { tables in
+      // Equal embeddings mostly share their arrays: comparing is quicker than hashing.
+      if let known = tables.first(where: { $0.rotary == rotary }) { return known.table }
+      let table = RotaryOffsets(rotary)
+      tables.append((rotary, table))
+      return table
+    }
   }
 
   private static func environment(_ name: String) -> String? {

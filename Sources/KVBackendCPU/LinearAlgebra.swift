@@ -50,17 +50,9 @@ package enum LinearAlgebra {
   package static func symmetricEigen(
     _ matrix: [Double], size n: Int
   ) throws(KVError) -> (values: [Double], vectors: [Double]) {
-    precondition(matrix.count == n * n, "\(matrix.count) elements for \(n) x \(n)")
-    guard matrix.allSatisfy(\.isFinite) else {
-      throw KVError(.nonFinite, "a matrix of \(n) x \(n) to factor holds NaN or infinity")
-    }
     if n == 0 { return ([], []) }
     var work = matrix
-    var values = [Double](repeating: 0, count: n)
-    let info = dsyevd(n, &work, &values)
-    guard info == 0 else {
-      throw KVError(.nonFinite, "the eigenvalue iteration did not converge (LAPACK info \(info))")
-    }
+    let values = try symmetricEigenvalues(replacing: &work, size: n)
     // LAPACK is column-major and ascending: column j of its result is row j of ours.
     var vectors = [Double](repeating: 0, count: n * n)
     for i in 0..<n {
@@ -70,7 +62,25 @@ package enum LinearAlgebra {
       let sign: Double = work[source + largest] < 0 ? -1 : 1
       for c in 0..<n { vectors[i * n + c] = sign * work[source + c] }
     }
-    return (values.reversed(), vectors)
+    return (values, vectors)
+  }
+
+  /// Eigenvalues of a symmetric matrix, largest first. The matrix is replaced by LAPACK's eigenvectors, which ascend: row
+  /// n - 1 - i belongs to value i.
+  package static func symmetricEigenvalues(
+    replacing matrix: inout [Double], size n: Int
+  ) throws(KVError) -> [Double] {
+    precondition(matrix.count == n * n, "\(matrix.count) elements for \(n) x \(n)")
+    guard matrix.allSatisfy(\.isFinite) else {
+      throw KVError(.nonFinite, "a matrix of \(n) x \(n) to factor holds NaN or infinity")
+    }
+    if n == 0 { return [] }
+    var values = [Double](repeating: 0, count: n)
+    let info = dsyevd(n, &matrix, &values)
+    guard info == 0 else {
+      throw KVError(.nonFinite, "the eigenvalue iteration did not converge (LAPACK info \(info))")
+    }
+    return values.reversed()
   }
 
   /// Singular values of a [rows, columns] matrix, largest first. O(rows · columns · min(rows, columns)): the oracle for

@@ -102,6 +102,24 @@ static void check_plain(pair p, size_t n) {
   free(z);
 }
 
+static void check_turn(pair p, uint32_t pairs) {
+  enum { ROWS = 3, TABLE = 5 };
+  static const uint32_t offsets[ROWS] = {4, 0, 2};
+  rng r = {pairs};
+  for (int split = 0; split < 2; split++) {
+    size_t stride = 2 * pairs + 1, n = ROWS * stride;
+    float *x = random_floats(&r, n, 3), *c = random_floats(&r, TABLE * pairs, 1), *s = random_floats(&r, TABLE * pairs, 1);
+    float *y = copy_floats(x, n);
+    p.level->turn(y, stride, ROWS, pairs, split ? 1 : 2, split ? pairs : 1, c, s, offsets);
+    p.portable->turn(x, stride, ROWS, pairs, split ? 1 : 2, split ? pairs : 1, c, s, offsets);
+    expect(memcmp(x, y, n * sizeof(float)) == 0, "%s turn of %u pairs, split %d", p.level->name, pairs, split);
+    free(x);
+    free(y);
+    free(c);
+    free(s);
+  }
+}
+
 /* The nearest 16-bit value by search in the sorted list of all finite ones; ties to the even pattern. */
 static uint16_t nearest(double x, uint32_t type) {
   uint16_t sign = signbit(x) ? 0x8000 : 0, top = type == CKV_F16 ? 0x7c00 : 0x7f80, low = 0, high = top;
@@ -262,6 +280,8 @@ void check_vectors(pair p) {
       for (int variant = 0; variant < 4; variant++)
         check_softmax(p, lengths[l], variant & 1 ? 30 : 0, variant & 2, infinities);
   }
+  static const uint32_t pairs[] = {1, 2, 3, 7, 8, 15, 16, 20, 33, 64};
+  for (size_t i = 0; i < sizeof(pairs) / sizeof(pairs[0]); i++) check_turn(p, pairs[i]);
   check_exp(p);
   check_convert(p);
   check_nonfinite(p);

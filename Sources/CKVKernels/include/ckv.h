@@ -192,6 +192,13 @@ typedef struct {
     /* out[i] += x[i]^2 (CKV_SQUARES), |x[i]| (CKV_ABSOLUTES) or x[i]. */
     void (*fold)(const float *x, size_t n, uint32_t measure, float *out);
 
+    /* Turns pairs of channels of `count` f32 rows, `stride` floats apart, in place. Pair p of a row is the channels
+     * first = p * step and first + partner (half split: step 1, partner = pairs; interleaved: step 2, partner 1):
+     *   x' = x c - y s,  y' = y c + x s,  c and s those of row offsets[i] of the tables [rows][pairs].
+     * No operation is fused, so that every CPU level gives the same bits. */
+    void (*turn)(float *rows, size_t stride, uint32_t count, uint32_t pairs, size_t step, size_t partner,
+                 const float *cosines, const float *sines, const uint32_t *offsets);
+
     /* ---- conversion and encoding --------------------------------------------------------------------------- */
 
     /* dst[i] = (dst_type) src[i], n elements, round to nearest even, overflow to infinity, NaN stays NaN. */

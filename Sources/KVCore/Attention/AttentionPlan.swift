@@ -126,6 +126,8 @@ package struct RowsWork {
   package var sortedFrom = 0
   /// No row before `sortedFrom` is later.
   package var highest = -1
+  /// The slices hold latents, and this is what restores them. Their `dim` is the rank.
+  package var lowRank: LowRankRows?
 }
 
 /// Column sums over the last queries of a prompt (SnapKV and its kin).

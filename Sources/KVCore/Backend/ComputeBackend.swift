@@ -91,6 +91,22 @@ package protocol ComputeBackend: AnyObject, Sendable {
   var hasWindowStatistics: Bool { get }
   /// Statistics of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
+
+  /// A basis of at most `ranks[i]` rows for each matrix; none has more than its matrix has rows or columns. Reproducible:
+  /// the same bits at any thread count.
+  ///
+  /// - Throws: `nonFinite` when the factorisation does not converge.
+  func factor(_ matrices: [RowMatrix], ranks: [Int], options: FactorOptions) throws(KVError) -> [Factors]
+
+  /// Writes the latents of every row of each projection to its targets.
+  func project(_ projections: [Projection]) -> [ProjectionResult]
+
+  /// Rows from their latents, f32, `dim` floats apart: latents times basis, plus the mean, turned to the positions.
+  ///
+  /// - Parameter positions: of the rows, where keys are turned; nil: not turned.
+  func restore(
+    _ latents: [RunSlice], basis: RowRun, mean: UnsafePointer<Float>?, positions: [Int32]?,
+    rotary: RotaryEmbedding?, into destination: UnsafeMutablePointer<Float>)
 }
 
 extension ComputeBackend {

@@ -56,4 +56,26 @@ package final class DryRunBackend: ComputeBackend {
     _ rows: [RunSlice], dim: Int, weights: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>
   ) {}
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {}
+
+  /// Bases of the right size: what a cache allocates depends on shapes alone.
+  package func factor(
+    _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions
+  ) throws(KVError) -> [Factors] {
+    zip(matrices, ranks).map { matrix, rank in
+      Factors(
+        rank: min(rank, matrix.height, matrix.width), width: matrix.width, basis: [],
+        mean: options.centred ? Array(repeating: 0, count: matrix.width) : [])
+    }
+  }
+
+  package func project(_ projections: [Projection]) -> [ProjectionResult] {
+    projections.map { _ in ProjectionResult() }
+  }
+
+  package func restore(
+    _ latents: [RunSlice], basis: RowRun, mean: UnsafePointer<Float>?, positions: [Int32]?,
+    rotary: RotaryEmbedding?, into destination: UnsafeMutablePointer<Float>
+  ) {
+    destination.update(repeating: 0, count: latents.reduce(0) { $0 + $1.count } * basis.dim)
+  }
 }

@@ -155,7 +155,7 @@ package struct HeadRows {
     return true
   }
 
-  private static func keepFullUnits(of store: RowStore, alive: [Bool], in physical: inout [Bool]) {
+  static func keepFullUnits(of store: RowStore, alive: [Bool], in physical: inout [Bool]) {
     let threshold = store.format.thawThreshold(dim: store.dim)
     var start = 0
     for extent in store.extents {

@@ -83,7 +83,7 @@ extension HeadRows {
 // MARK: - Columns
 
 extension Column where Element: StoredNumber {
-  fileprivate func encode(to writer: inout ByteWriter) {
+  func encode(to writer: inout ByteWriter) {
     writer.count(Swift.min(capacity, Column.roomiest(count)))
     guard let base else { return }
     for plane in 0..<width {
@@ -92,7 +92,7 @@ extension Column where Element: StoredNumber {
   }
 
   /// - Parameter accepts: whether a value may be there.
-  fileprivate init(
+  init(
     from reader: inout ByteReader, width: Int = 1, count: Int, _ what: String, backend: any ComputeBackend,
     accepts: (Element) -> Bool
   ) throws(KVError) {
@@ -111,7 +111,7 @@ extension Column where Element: StoredNumber {
 }
 
 extension PositionColumn {
-  fileprivate func encode(to writer: inout ByteWriter) {
+  func encode(to writer: inout ByteWriter) {
     writer.u8(explicit == nil ? 0 : isAscending ? 1 : 2)
     if let explicit {
       explicit.encode(to: &writer)
@@ -120,7 +120,7 @@ extension PositionColumn {
     }
   }
 
-  fileprivate init(
+  init(
     from reader: inout ByteReader, count: Int, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) {
     let place = reader

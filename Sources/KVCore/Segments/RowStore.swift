@@ -119,7 +119,7 @@ package struct RowStore {
   }
 
   /// The first `count` rows of some slices, which are removed from them.
-  private static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
+  static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
     var result: [RunSlice] = []
     var left = count
     while left > 0, var slice = slices.first {

@@ -1,0 +1,506 @@
+/// The latents and bases of a group of layers.
+///
+/// Row i of a unit's latents is slot i of every head that shares them. Heads that hold different tokens are rows of the
+/// same matrix all the same, each turned by positions of its own; what a longer head has beyond the shortest stays dense.
+package final class LowRankStorage: JointStorage {
+  /// One side of the older rows.
+  package struct Side {
+    /// Nil: rows are dense, one store per layer and head.
+    package var basis: LatentBasis?
+    /// One per unit.
+    package var stores: [RowStore]
+  }
+
+  package let format: LowRankFormat
+  package let layers: [Int]
+  package let shape: LayerShape
+  package let rotary: RotaryEmbedding?
+  package let backend: any ComputeBackend
+  /// Nil while nothing was worth factoring.
+  package private(set) var sides: (keys: Side, values: Side)?
+
+  package init(
+    format: LowRankFormat, layers: [Int], shape: LayerShape, rotary: RotaryEmbedding?, backend: any ComputeBackend
+  ) {
+    self.format = format
+    self.layers = layers
+    self.shape = shape
+    self.rotary = rotary
+    self.backend = backend
+  }
+
+  package func restore(sides: (keys: Side, values: Side)?) { self.sides = sides }
+
+  package func fork() -> any JointStorage {
+    let copy = LowRankStorage(format: format, layers: layers, shape: shape, rotary: rotary, backend: backend)
+    copy.sides = sides
+    return copy
+  }
+
+  // MARK: Heads and units
+
+  package var units: Int { format.perHead ? shape.kvHeads : 1 }
+  package var headsPerUnit: Int { format.perHead ? layers.count : layers.count * shape.kvHeads }
+
+  /// The unit of a head, and which of its blocks the head is.
+  package func place(member: Int, head: Int) -> (unit: Int, block: Int) {
+    format.perHead ? (head, member) : (0, member * shape.kvHeads + head)
+  }
+
+  /// Member and head of each block of a unit, in order.
+  private func heads(of unit: Int) -> [(member: Int, head: Int)] {
+    format.perHead
+      ? layers.indices.map { ($0, unit) }
+      : layers.indices.flatMap { member in (0..<shape.kvHeads).map { (member, $0) } }
+  }
+
+  package func store(_ side: Side, member: Int, head: Int) -> RowStore {
+    side.basis == nil
+      ? side.stores[member * shape.kvHeads + head] : side.stores[place(member: member, head: head).unit]
+  }
+
+  package func latentFormat(keys: Bool) -> SideFormat { keys ? format.keyLatents : format.valueLatents }
+
+  // MARK: Taking rows in
+
+  /// Segments of the group over the dense segments of its layers, which stay as they are.
+  package func begin(_ plain: [RowSegment]) throws(KVError) -> [LowRankSegment] {
+    let segments = plain.enumerated().map { LowRankSegment(storage: self, member: $0, window: $1) }
+    try freeze(segments, keeping: format.continuation.kept, atLeast: 1, of: 1)
+    return segments
+  }
+
+  /// What a decoded token may have made due.
+  package func extend(_ segments: [LowRankSegment]) throws(KVError) {
+    guard segments.count == layers.count else { return }
+    if layers.count > 1 { try compact(segments, eager: false) }
+    switch format.continuation {
+    case .raw: return
+    case .project(let keeping): try freeze(segments, keeping: keeping, atLeast: 32, of: 32)
+    case .refresh(let keeping, let every): try freeze(segments, keeping: keeping, atLeast: every, of: 1)
+    }
+  }
+
+  /// Moves the oldest dense rows of every unit into latents: as many as all its heads have beyond `keeping`, when those
+  /// are `atLeast`, in multiples of `step`.
+  private func freeze(
+    _ segments: [LowRankSegment], keeping: Int, atLeast: Int, of step: Int
+  ) throws(KVError) {
+    var counts: [Int] = []
+    for unit in 0..<units {
+      let least = heads(of: unit).map { segments[$0.member].window.liveCount(head: $0.head) }.min() ?? 0
+      let count = max(0, least - keeping) / step * step
+      counts.append(count >= atLeast ? count : 0)
+    }
+    if counts.allSatisfy({ $0 == 0 }) { return }
+
+    // Dead rows must not become latents.
+    var windows: [RowSegment] = []
+    for segment in segments {
+      if (0..<shape.kvHeads).allSatisfy({ segment.window.liveCount(head: $0) == segment.window.slotCount(head: $0) }) {
+        windows.append(segment.window)
+      } else if let copy = segment.window.fork() as? RowSegment {
+        try copy.reclaim(eager: true)
+        windows.append(copy)
+      }
+    }
+    if case .refresh = format.continuation, let sides {
+      let keys = try refreshed(sides.keys, windows, counts, isKey: true)
+      let values = try refreshed(sides.values, windows, counts, isKey: false)
+      try finish(segments, windows, counts) { self.sides = (keys, values) }
+    } else {
+      try extendSides(segments, windows, counts)
+    }
+    try encode()
+  }
+
+  /// Existing stores are written in place, behind the rows that count: memory that is referred to twice would be copied.
+  private func extendSides(
+    _ segments: [LowRankSegment], _ windows: [RowSegment], _ counts: [Int]
+  ) throws(KVError) {
+    let existed = sides != nil
+    var keys: Side
+    var values: Side
+    if let sides {
+      (keys, values) = sides
+    } else {
+      keys = try start(windows, counts, isKey: true)
+      values = try start(windows, counts, isKey: false)
+    }
+    if keys.basis == nil, values.basis == nil { return }
+    sides = nil
+    do throws(KVError) {
+      let keyRoom = try write(windows, counts, into: &keys, isKey: true)
+      let valueRoom = try write(windows, counts, into: &values, isKey: false)
+      try finish(segments, windows, counts) {
+        for index in keys.stores.indices { keys.stores[index].commit(keyRoom[index][...]) }
+        for index in values.stores.indices { values.stores[index].commit(valueRoom[index][...]) }
+        sides = (keys, values)
+      }
+    } catch {
+      for index in keys.stores.indices { keys.stores[index].cancelReservation() }
+      for index in values.stores.indices { values.stores[index].cancelReservation() }
+      if existed { sides = (keys, values) }
+      throw error
+    }
+  }
+
+  /// Everything else that can fail, then `commit`, then the segments.
+  private func finish(
+    _ segments: [LowRankSegment], _ windows: [RowSegment], _ counts: [Int], commit: () -> Void
+  ) throws(KVError) {
+    var columns: [[LatentColumns]] = []
+    var rests: [RowSegment] = []
+    for (member, segment) in segments.enumerated() {
+      let taken = (0..<shape.kvHeads).map { counts[place(member: member, head: $0).unit] }
+      var own: [LatentColumns] = []
+      for head in 0..<shape.kvHeads {
+        own.append(
+          try segment.columns[head].appending(taken[head], of: windows[member].heads[head], backend: backend))
+      }
+      columns.append(own)
+      rests.append(try LowRankStorage.withoutFront(windows[member], taken))
+    }
+    commit()
+    for (member, segment) in segments.enumerated() {
+      segment.replace(columns: columns[member], window: rests[member])
+    }
+  }
+
+  /// A segment with the rows behind the first `counts[h]` of each head.
+  private static func withoutFront(_ window: RowSegment, _ counts: [Int]) throws(KVError) -> RowSegment {
+    if counts.indices.allSatisfy({ counts[$0] == window.slotCount(head: $0) }) {
+      return RowSegment(layer: window.layer, format: window.format, backend: window.backend)
+    }
+    guard let rest = window.fork() as? RowSegment else { return window }
+    try rest.drop(counts.map { Array(0..<$0) })
+    try rest.reclaim(eager: true)
+    return rest
+  }
+
+  /// Quantizes latents of which enough are there. What cannot be for lack of memory stays dense and is tried again.
+  private func encode() throws(KVError) {
+    guard var (keys, values) = sides else { return }
+    sides = nil
+    defer { sides = (keys, values) }
+    for index in keys.stores.indices where keys.basis != nil {
+      try keys.stores[index].encodeTail(
+        format.keyLatents.rowsToFlush(tail: keys.stores[index].tailRows), backend: backend)
+    }
+    for index in values.stores.indices where values.basis != nil {
+      try values.stores[index].encodeTail(
+        format.valueLatents.rowsToFlush(tail: values.stores[index].tailRows), backend: backend)
+    }
+  }
+
+  // MARK: Matrices
+
+  private func dim(isKey: Bool) -> Int { isKey ? shape.keyDim : shape.valueDim }
+
+  private func matrix(_ windows: [RowSegment], unit: Int, rows: Int, isKey: Bool, scales: [Float]) -> RowMatrix {
+    RowMatrix(
+      rows: rows,
+      columns: heads(of: unit).map { member, head in
+        let held = windows[member].heads[head]
+        return RowMatrix.Columns(
+          slices: (isKey ? held.keys : held.values).slices(0..<rows), dim: dim(isKey: isKey),
+          positions: held.positions.explicit.map { column in column.withSpan { Array($0[..<rows]) } },
+          firstPosition: held.positions.first, rotary: isKey ? rotary : nil,
+          scale: scales.isEmpty ? 1 : scales[member])
+      })
+  }
+
+  private func rank(isKey: Bool) -> Int? {
+    (isKey ? format.keys : format.values).channels(
+      width: headsPerUnit * dim(isKey: isKey), layers: layers.count, of: format.layersPerGroup)
+  }
+
+  private func calibrated(isKey: Bool) -> CalibratedBasis? {
+    guard let found = format.calibrated?[layers[0]] else { return nil }
+    return isKey ? found.keys : found.values
+  }
+
+  /// A side without rows: its basis from the file or from these rows, and empty stores.
+  private func start(_ windows: [RowSegment], _ counts: [Int], isKey: Bool) throws(KVError) -> Side {
+    let width = headsPerUnit * dim(isKey: isKey)
+    let basis: LatentBasis?
+    if let made = calibrated(isKey: isKey) {
+      let factors = (0..<units).map { made.factors(unit: $0, width: width, rank: rank(isKey: isKey)) }
+      let encoders =
+        made.encoders == nil
+        ? nil : factors.indices.map { made.encoder(unit: $0, width: width, rank: factors[$0].rank) ?? [] }
+      basis = try LatentBasis.make(
+        factors, encoders: encoders, type: format.basis, dim: dim(isKey: isKey), headsPerUnit: headsPerUnit,
+        backend: backend)
+    } else if let rank = rank(isKey: isKey), isWorthIt(rank, counts, width) {
+      basis = try factor(windows, counts, rank, isKey: isKey)
+    } else {
+      basis = nil
+    }
+    let stores: [RowStore]
+    if let basis {
+      stores = basis.ranks.map { RowStore(dim: $0, format: latentFormat(keys: isKey)) }
+    } else {
+      stores = (0..<layers.count * shape.kvHeads).map { _ in
+        RowStore(dim: dim(isKey: isKey), format: .dense(format.window))
+      }
+    }
+    return Side(basis: basis, stores: stores)
+  }
+
+  /// Whether latents and their basis are fewer numbers than the rows.
+  private func isWorthIt(_ rank: Int, _ counts: [Int], _ width: Int) -> Bool {
+    if format.evenIfLarger { return true }
+    let rows = counts.reduce(0, +)
+    let latents = counts.reduce(0) { $0 + min(rank, $1) * ($1 + width) }
+    return latents < rows * width
+  }
+
+  private func factor(
+    _ windows: [RowSegment], _ counts: [Int], _ rank: Int, isKey: Bool
+  ) throws(KVError) -> LatentBasis {
+    let scales = format.equalised && layers.count > 1 ? norms(windows, counts, isKey: isKey).map { 1 / $0 } : []
+    var options = format.factoring
+    options.centred = format.centred
+    var factors = try backend.factor(
+      (0..<units).map { matrix(windows, unit: $0, rows: counts[$0], isKey: isKey, scales: scales) },
+      ranks: counts.map { min(rank, $0) }, options: options)
+    var encoders: [[Float]]?
+    if !scales.isEmpty {
+      // Latents of scaled rows; the basis takes the scale back.
+      var weights: [[Float]] = []
+      for unit in factors.indices {
+        var encoder = factors[unit].basis
+        let dim = dim(isKey: isKey)
+        for (block, place) in heads(of: unit).enumerated() {
+          for row in 0..<(encoder.isEmpty ? 0 : factors[unit].rank) {
+            for c in 0..<dim {
+              let index = row * factors[unit].width + block * dim + c
+              encoder[index] *= scales[place.member]
+              factors[unit].basis[index] /= scales[place.member]
+            }
+          }
+        }
+        weights.append(encoder)
+      }
+      encoders = weights
+    }
+    return try LatentBasis.make(
+      factors, encoders: encoders, type: format.basis, dim: dim(isKey: isKey), headsPerUnit: headsPerUnit,
+      backend: backend)
+  }
+
+  /// Frobenius norm of the rows of each layer; 1 where there is none.
+  private func norms(_ windows: [RowSegment], _ counts: [Int], isKey: Bool) -> [Float] {
+    layers.indices.map { member in
+      var sum = 0.0
+      for head in 0..<shape.kvHeads {
+        let rows = counts[place(member: member, head: head).unit]
+        let held = windows[member].heads[head]
+        let columns = RowMatrix.Columns(
+          slices: (isKey ? held.keys : held.values).slices(0..<rows), dim: dim(isKey: isKey))
+        sum += backend.project([
+          Projection(matrix: RowMatrix(rows: rows, columns: [columns]), encoder: [], mean: [], targets: [])
+        ])[0].energy
+      }
+      return sum > 0 ? Float(sum.squareRoot()) : 1
+    }
+  }
+
+  /// Writes rows behind those that count and returns where, per store.
+  private func write(
+    _ windows: [RowSegment], _ counts: [Int], into side: inout Side, isKey: Bool
+  ) throws(KVError) -> [[RunSlice]] {
+    var room: [[RunSlice]] = []
+    guard let basis = side.basis else {
+      for member in layers.indices {
+        for head in 0..<shape.kvHeads {
+          let rows = counts[place(member: member, head: head).unit]
+          var targets: [RunSlice] = []
+          try side.stores[room.count].reserve(rows, backend: backend, into: &targets)
+          let held = windows[member].heads[head]
+          var source = (isKey ? held.keys : held.values).slices(0..<rows)[...]
+          for target in targets {
+            backend.transcode(RowStore.take(target.count, from: &source), to: target.run, row: target.first)
+          }
+          room.append(targets)
+        }
+      }
+      return room
+    }
+    var projections: [Projection] = []
+    for unit in 0..<units {
+      var targets: [RunSlice] = []
+      try side.stores[unit].reserve(counts[unit], backend: backend, into: &targets)
+      room.append(targets)
+      projections.append(
+        Projection(
+          matrix: matrix(windows, unit: unit, rows: counts[unit], isKey: isKey, scales: []),
+          encoder: basis.encoderRows(unit: unit, backend: backend), mean: basis.meanRow(unit: unit, backend: backend),
+          targets: targets))
+    }
+    try check(backend.project(projections), isKey: isKey)
+    return room
+  }
+
+  /// Latents are longer than rows: what a row's type holds need not be enough for them.
+  private func check(_ results: [ProjectionResult], isKey: Bool) throws(KVError) {
+    let latents = latentFormat(keys: isKey)
+    let limit = min(latents.range.largest, latents.window.largestFinite)
+    let largest = results.map(\.largest).reduce(0) { $1 <= $0 ? $0 : $1 }
+    guard largest <= limit else {
+      throw KVError(
+        .unrepresentable,
+        "latents of \(isKey ? "keys" : "values") reach \(largest), more than ±\(limit); hold them in a wider type "
+          + "(latents=bf16 or f32)", layer: layers[0])
+    }
+  }
+
+  // MARK: Refreshing
+
+  /// A side whose basis describes its old rows, as far as they were described before, and the new ones.
+  private func refreshed(
+    _ side: Side, _ windows: [RowSegment], _ counts: [Int], isKey: Bool
+  ) throws(KVError) -> Side {
+    var side = side
+    guard let old = side.basis else {
+      let room = try write(windows, counts, into: &side, isKey: isKey)
+      for index in side.stores.indices { side.stores[index].commit(room[index][...]) }
+      return side
+    }
+    let width = old.width
+    var factors: [Factors] = []
+    var turns: [[Float]] = []
+    let wanted = rank(isKey: isKey) ?? 0
+    for unit in 0..<units {
+      let latents = RowMatrix(
+        rows: side.stores[unit].rows,
+        columns: [.init(slices: side.stores[unit].slices(0..<side.stores[unit].rows), dim: old.ranks[unit])])
+      let own = try backend.factor([latents], ranks: [old.ranks[unit]], options: format.factoring)[0]
+      var matrix = matrix(windows, unit: unit, rows: counts[unit], isKey: isKey, scales: [])
+      matrix.leading = weighted(own, old, unit: unit)
+      let fresh = try backend.factor([matrix], ranks: [wanted], options: format.factoring)[0]
+      factors.append(fresh)
+      turns.append(product(fresh, old.encoderRows(unit: unit, backend: backend), width: width))
+    }
+    let basis = try LatentBasis.make(
+      factors, encoders: nil, type: format.basis, dim: old.dim, headsPerUnit: old.headsPerUnit, backend: backend)
+    var result = Side(
+      basis: basis, stores: basis.ranks.map { RowStore(dim: $0, format: latentFormat(keys: isKey)) })
+    for unit in 0..<units {
+      let rows = side.stores[unit].rows
+      var targets: [RunSlice] = []
+      try result.stores[unit].reserve(rows, backend: backend, into: &targets)
+      let latents = RowMatrix(
+        rows: rows, columns: [.init(slices: side.stores[unit].slices(0..<rows), dim: old.ranks[unit])])
+      try check(
+        backend.project([Projection(matrix: latents, encoder: turns[unit], mean: [], targets: targets)]), isKey: isKey)
+      result.stores[unit].commit(targets[...])
+    }
+    let room = try write(windows, counts, into: &result, isKey: isKey)
+    for index in result.stores.indices { result.stores[index].commit(room[index][...]) }
+    return result
+  }
+
+  /// diag(s)·W·B: as many rows as the rank, with the Gram matrix of what A·B describes, where A = U·diag(s)·W.
+  private func weighted(_ factors: Factors, _ old: LatentBasis, unit: Int) -> [Float] {
+    let width = old.width
+    var result = [Float](repeating: 0, count: factors.rank * width)
+    if factors.basis.isEmpty { return result }
+    var weights = factors.basis
+    for i in 0..<factors.rank {
+      for c in 0..<factors.width { weights[i * factors.width + c] *= Float(factors.singularValues[i]) }
+    }
+    var block = [Float](repeating: 0, count: factors.rank * old.dim)
+    weights.withUnsafeMutableBytes { raw in
+      guard let base = raw.baseAddress else { return }
+      let slice = RunSlice(
+        run: RowRun(encoding: .dense(.f32), dim: factors.width, capacity: factors.rank, base: base), first: 0,
+        count: factors.rank)
+      for head in 0..<old.headsPerUnit {
+        block.withUnsafeMutableBufferPointer {
+          backend.restore(
+            [slice], basis: old.run(unit: unit, head: head), mean: nil, positions: nil, rotary: nil,
+            into: $0.baseAddress!)
+        }
+        for i in 0..<factors.rank {
+          for c in 0..<old.dim { result[i * width + head * old.dim + c] = block[i * old.dim + c] }
+        }
+      }
+    }
+    return result
+  }
+
+  /// New basis times old: [new rank][old rank].
+  private func product(_ fresh: Factors, _ old: [Float], width: Int) -> [Float] {
+    let oldRank = old.count / max(width, 1)
+    var result = [Float](repeating: 0, count: fresh.rank * oldRank)
+    var rows = fresh.basis
+    if rows.isEmpty || result.isEmpty { return result }
+    rows.withUnsafeMutableBytes { source in
+      result.withUnsafeMutableBytes { target in
+        guard let from = source.baseAddress, let to = target.baseAddress else { return }
+        func slice(_ base: UnsafeMutableRawPointer, _ dim: Int) -> RunSlice {
+          RunSlice(
+            run: RowRun(encoding: .dense(.f32), dim: dim, capacity: fresh.rank, base: base), first: 0,
+            count: fresh.rank)
+        }
+        _ = backend.project([
+          Projection(
+            matrix: RowMatrix(rows: fresh.rank, columns: [.init(slices: [slice(from, width)], dim: width)]),
+            encoder: old, mean: [], targets: [slice(to, oldRank)])
+        ])
+      }
+    }
+    return result
+  }
+
+  // MARK: Giving memory back
+
+  /// Removes rows that are dead in every head that shares them: all of them when `eager`, else when there are enough.
+  package func compact(_ segments: [LowRankSegment], eager: Bool) throws(KVError) {
+    guard segments.count == layers.count, let before = sides else { return }
+    var keys = before.keys
+    var values = before.values
+    var columns = segments.map(\.columns)
+    var changed = false
+    for unit in 0..<units {
+      let heads = heads(of: unit)
+      let rows = segments[heads[0].member].columns[heads[0].head].count
+      if heads.allSatisfy({ segments[$0.member].columns[$0.head].dead == 0 }) { continue }
+      var alive = [Bool](repeating: false, count: rows)
+      for place in heads {
+        let own = segments[place.member].columns[place.head]
+        for slot in 0..<rows where own.isLive(slot) { alive[slot] = true }
+      }
+      let gone = alive.count { !$0 }
+      if gone == 0 || !eager && gone < min(64, max(8, (rows - gone) / 8)) { continue }
+      var physical = alive
+      for side in [keys, values] where side.basis != nil {
+        HeadRows.keepFullUnits(of: side.stores[unit], alive: alive, in: &physical)
+      }
+      let kept = (0..<rows).filter { physical[$0] }
+      for place in heads {
+        columns[place.member][place.head] = try columns[place.member][place.head].gathered(kept, backend: backend)
+      }
+      for index in keys.basis != nil ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
+        keys.stores[index] = try keys.stores[index].rebuilt(physical: physical, backend: backend)
+      }
+      for index in values.basis != nil ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
+        values.stores[index] = try values.stores[index].rebuilt(physical: physical, backend: backend)
+      }
+      changed = true
+    }
+    if !changed { return }
+    sides = (keys, values)
+    for (segment, own) in zip(segments, columns) { segment.replace(columns: own, window: segment.window) }
+  }
+
+  package func tally(into tally: inout ByteTally) {
+    guard let sides else { return }
+    for side in [sides.keys, sides.values] {
+      side.basis?.tally(into: &tally)
+      for store in side.stores { store.tally(into: &tally) }
+    }
+  }
+}
