@@ -48,10 +48,14 @@ let package = Package(
     .target(name: "KVQuantization", dependencies: ["KVCore"], swiftSettings: settings),
     .target(name: "KVMerging", dependencies: ["KVCore"], swiftSettings: settings),
 
+    .target(name: "KVLowRank", dependencies: ["KVCore"], swiftSettings: settings),
+
     // The umbrella: registry of policies by name, and everything re-exported.
     .target(
       name: "KVCompression",
-      dependencies: ["KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization", "KVMerging"],
+      dependencies: [
+        "KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization", "KVMerging", "KVLowRank",
+      ],
       swiftSettings: settings),
 
     // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
@@ -67,7 +71,8 @@ let package = Package(
       name: "KVCompressionTests",
       dependencies: [
         "CAllocationCounter",
-        "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVMerging", "KVExperiments",
+        "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVLowRank", "KVMerging",
+        "KVExperiments",
         "CKVKernels",
       ],
       exclude: ["Goldens"], swiftSettings: testSettings),

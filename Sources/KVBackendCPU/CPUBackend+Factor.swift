@@ -14,6 +14,8 @@ extension CPUBackend {
   /// Columns up to which a matrix is one piece of work.
   private static let smallWidth = 256
 
+  package var holdsLatents: Bool { true }
+
   package func factor(
     _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions
   ) throws(KVError) -> [Factors] {

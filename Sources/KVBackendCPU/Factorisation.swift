@@ -207,7 +207,8 @@ struct Factorisation {
       for first in stride(from: 0, to: n, by: strip) {
         let count = min(strip, n - first)
         for row in 0..<m { for c in 0..<count { wide[row * count + c] = Double(x[row * n + first + c]) } }
-        SerialBLAS.add(wide, count, transposed: false, wide, count, transposed: true, m: m, n: m, k: count, to: &gram, m)
+        SerialBLAS.add(
+          wide, count, transposed: false, wide, count, transposed: true, m: m, n: m, k: count, to: &gram, m)
       }
     }
     options.progress?(0.5)
@@ -382,7 +383,8 @@ struct Factorisation {
       for first in stride(from: 0, to: n, by: strip) {
         let count = min(strip, n - first)
         for row in 0..<l { for c in 0..<count { wide[row * count + c] = Double(rows[row * n + first + c]) } }
-        SerialBLAS.add(wide, count, transposed: false, wide, count, transposed: true, m: l, n: l, k: count, to: &gram, l)
+        SerialBLAS.add(
+          wide, count, transposed: false, wide, count, transposed: true, m: l, n: l, k: count, to: &gram, l)
       }
     }
     return gram

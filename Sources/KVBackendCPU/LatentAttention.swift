@@ -106,8 +106,7 @@ extension RowAttention {
     } else if let basis = lowRank.keyBasis {
       withUnsafePointer(to: basis.kernelRun) {
         kernels.pointee.logits!(
-          $0, 0, UInt32(keyRank), queries.base, UInt32(m), keyDim, 1, turned, keyRank,
-          memory + m * blockRows)
+          $0, 0, UInt32(keyRank), queries.base, UInt32(m), keyDim, 1, turned, keyRank, scratch)
       }
       latentQueries.base = UnsafePointer(turned)
       if let mean = lowRank.keyMean {
@@ -118,7 +117,7 @@ extension RowAttention {
     inner.clear(rows: m, valueDim: valueRank)
     var attention = RowAttention(
       kernels: kernels, plan: plan, keyDim: tile == nil ? keyRank : keyDim, valueDim: valueRank, scale: scale,
-      softcap: softcap, slidingWindow: slidingWindow, logits: memory, scratch: memory + m * blockRows)
+      softcap: softcap, slidingWindow: slidingWindow, rows: m, memory: memory)
     attention.latent = own
     attention.tile = tile
     attention.addRows(work, range, latentQueries, inner, kept, keptOffset)
@@ -132,8 +131,7 @@ extension RowAttention {
     outer.accumulators.update(repeating: 0, count: m * valueDim)
     withUnsafePointer(to: basis.kernelRun) {
       kernels.pointee.accumulate!(
-        $0, 0, UInt32(valueRank), inner.accumulators, UInt32(m), valueRank, outer.accumulators, valueDim,
-        memory + m * blockRows)
+        $0, 0, UInt32(valueRank), inner.accumulators, UInt32(m), valueRank, outer.accumulators, valueDim, scratch)
     }
     if let mean = lowRank.valueMean {
       for row in 0..<m where inner.sums[row] > 0 {
@@ -158,16 +156,15 @@ extension RowAttention {
         let first = work.position(start)
         var end = start
         while end < range.upperBound, end - start < LatentSpace.tileRows,
-          work.position(end) - first < RotaryOffsets.count
+          (0..<RotaryOffsets.count).contains(work.position(end) - first)
         {
           distances[end - start] = UInt32(work.position(end) - first)
           end += 1
         }
         let count = end - start
         forEach(work.keys, start..<end) { run, row, rows, offset in
-          withUnsafePointer(to: run) {
-            kernels.pointee.decode!($0, UInt32(row), UInt32(rows), tile.latents + offset * rank, rank)
-          }
+          tile.backend.read(
+            RunSlice(run: run, first: row, count: rows), into: tile.latents + offset * rank, stride: rank)
         }
         tile.backend.multiply(
           latents: tile.latents, count: count, basis: tile.basis, mean: tile.mean, into: tile.rows,
@@ -185,8 +182,4 @@ extension RowAttention {
       }
     }
   }
-}
-
-extension RowsWork {
-  func position(_ row: Int) -> Int { positions.map { Int($0[row]) } ?? firstPosition + row }
 }

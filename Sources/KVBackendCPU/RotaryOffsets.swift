@@ -88,7 +88,7 @@ final class RotaryOffsets: Sendable {
       while start < count {
         let first = position(start)
         var end = start
-        while end < count, end - start < Self.count, position(end) - first < Self.count {
+        while end < count, end - start < Self.count, (0..<Self.count).contains(position(end) - first) {
           base[end - start] = UInt32(position(end) - first)
           end += 1
         }

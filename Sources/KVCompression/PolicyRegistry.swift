@@ -10,7 +10,7 @@ public struct PolicyRegistry: Sendable {
 
   /// Every method of this library.
   public static let standard = PolicyRegistry(
-    methods: [Store.denseMethod, LayerChoice.method] + EvictionMethods.all + MergingMethods.all
+    methods: [Store.denseMethod, LayerChoice.method] + EvictionMethods.all + MergingMethods.all + LowRankMethods.all
       + QuantizationMethods.all)
 
   public init(methods: [MethodDescription]) { self.methods = methods }

@@ -92,6 +92,9 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// Statistics of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
 
+  /// Whether the backend factors rows and attends over latents: the three operations below.
+  var holdsLatents: Bool { get }
+
   /// A basis of at most `ranks[i]` rows for each matrix; none has more than its matrix has rows or columns. Reproducible:
   /// the same bits at any thread count.
   ///
@@ -114,6 +117,27 @@ extension ComputeBackend {
   package var movesOverlappingRows: Bool { true }
   package var hasWindowStatistics: Bool { true }
 
+  package var holdsLatents: Bool { false }
+
+  package func factor(
+    _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions
+  ) throws(KVError) -> [Factors] {
+    throw KVError(.unsupported, "\(name) does not factor rows")
+  }
+
+  package func project(_ projections: [Projection]) -> [ProjectionResult] {
+    preconditionFailure("\(name) holds no latents")
+  }
+
+  package func restore(
+    _ latents: [RunSlice], basis: RowRun, mean: UnsafePointer<Float>?, positions: [Int32]?,
+    rotary: RotaryEmbedding?, into destination: UnsafeMutablePointer<Float>
+  ) {
+    preconditionFailure("\(name) holds no latents")
+  }
+}
+
+extension ComputeBackend {
   package func require(_ format: SideFormat) throws(KVError) {}
 
   func transcode(_ sources: [RunSlice], to target: RowRun, row: Int) {

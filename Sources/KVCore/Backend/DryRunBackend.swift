@@ -57,6 +57,8 @@ package final class DryRunBackend: ComputeBackend {
   ) {}
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {}
 
+  package var holdsLatents: Bool { true }
+
   /// Bases of the right size: what a cache allocates depends on shapes alone.
   package func factor(
     _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions

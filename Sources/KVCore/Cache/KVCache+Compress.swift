@@ -76,6 +76,8 @@ extension KVCache {
     try settle(state, .prompt)
     state.queryPeaks = nil
     state.phase = .decode
+    // Whoever attends elsewhere may not have said so: the prompt is behind us all the same.
+    state.settledTokens = state.seen
     state.decodedSinceCompression = 0
     state.settledTokens = state.seen
     // Weights that the observer would not have looked at are not missing.

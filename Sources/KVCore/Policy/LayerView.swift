@@ -168,10 +168,17 @@ public final class LayerView {
     return [Float](unsafeUninitializedCapacity: count * dim) { buffer, initialized in
       initialized = count * dim
       guard let base = buffer.baseAddress else { return }
-      for row in 0..<count {
+      var row = 0
+      while row < count {
         let place = reference(head: head, row: row)
         let slot = Int(place.slot)
-        reader(segments[Int(place.segment)])(head, slot..<slot + 1, base + row * dim)
+        // Neighbours at once: some representations restore many rows as quickly as one.
+        var end = row + 1
+        while end < count, case let next = reference(head: head, row: end), next.segment == place.segment,
+          Int(next.slot) == slot + end - row
+        { end += 1 }
+        reader(segments[Int(place.segment)])(head, slot..<slot + end - row, base + row * dim)
+        row = end
       }
     }
   }
@@ -227,7 +234,7 @@ public final class LayerView {
   package struct KeyWork {
     var heads: [RowsWork] = []
     var slices: [RunSlice] = []
-    /// Item of `heads` for a segment of a head; -1 where it has no slots.
+    /// First item of `heads` for a segment of a head; -1 where it has no slots.
     var item: [[Int]] = []
   }
 
@@ -238,16 +245,15 @@ public final class LayerView {
       for segment in segments {
         let plan = AttentionPlan()
         segment.describe(head: head, range: 0..<segment.slotCount(head: head), shift: 0, in: plan)
-        guard var work = plan.rows.first else {
-          items.append(-1)
-          continue
+        items.append(plan.rows.isEmpty ? -1 : result.heads.count)
+        // A segment in several pieces describes them in slot order.
+        for var work in plan.rows {
+          let start = result.slices.count
+          result.slices += plan.slices[work.keys]
+          work.keys = start..<result.slices.count
+          work.values = 0..<0
+          result.heads.append(work)
         }
-        let start = result.slices.count
-        result.slices += plan.slices[work.keys]
-        work.keys = start..<result.slices.count
-        work.values = 0..<0
-        items.append(result.heads.count)
-        result.heads.append(work)
       }
       result.item.append(items)
     }
@@ -278,7 +284,8 @@ public final class LayerView {
       let range = scores.range(head: head)
       for row in 0..<range.count {
         let place = reference(head: head, row: row)
-        scores.values[range.lowerBound + row] += slots[work.item[head][Int(place.segment)], Int(place.slot)]
+        let first = slots.range(head: work.item[head][Int(place.segment)]).lowerBound
+        scores.values[range.lowerBound + row] += slots.values[first + Int(place.slot)]
       }
     }
   }

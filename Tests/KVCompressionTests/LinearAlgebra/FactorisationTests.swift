@@ -12,8 +12,9 @@ import Testing
     private var memory: [UnsafeMutablePointer<Float>] = []
     private(set) var matrix: RowMatrix
 
-    init(_ elements: [Float], rows: Int, width: Int, dim: Int, rotary: RotaryEmbedding? = nil, positions: [Int32]? = nil)
-    {
+    init(
+      _ elements: [Float], rows: Int, width: Int, dim: Int, rotary: RotaryEmbedding? = nil, positions: [Int32]? = nil
+    ) {
       self.elements = elements
       self.rows = rows
       self.width = width
@@ -73,7 +74,7 @@ import Testing
 
   @Test func errorIsTheTailOfTheSpectrum() throws {
     let backend = try CPUBackend(threads: 2)
-    withEvery("shape", in: [(300, 40), (40, 300), (64, 64), (280, 130), (5, 9), (1, 4), (9, 1)]) { shape in
+    withEvery("shape", in: [(120, 40), (40, 130), (32, 32), (5, 9), (1, 4), (9, 1)]) { shape in
       withEvery("decay", in: [0.0, 1, 2]) { decay in
         let (rows, width) = shape
         let held = Held(
@@ -81,7 +82,8 @@ import Testing
           dim: 37)
         let singular = try LinearAlgebra.singularValues(held.elements, rows: rows, columns: width).map(Double.init)
         withEvery("rank", in: [1, 3, min(rows, width) / 2, min(rows, width), 1000]) { rank in
-          for (algorithm, slack) in [(FactorOptions.Algorithm.automatic, 1.0001), (.gram, 1.0001), (.randomised, 1.05)] {
+          for (algorithm, slack) in [(FactorOptions.Algorithm.automatic, 1.0001), (.gram, 1.0001), (.randomised, 1.05)]
+          {
             var options = FactorOptions()
             options.algorithm = algorithm
             let factors = try backend.factor([held.matrix], ranks: [rank], options: options)[0]
@@ -106,9 +108,9 @@ import Testing
 
   /// Above 1024 columns a small share of them goes through the range finder.
   @Test func largeWidthsAreWithinOnePercent() throws {
-    let (rows, width, rank) = (1500, 1200, 128)
+    let (rows, width, rank) = (700, 1100, 64)
     let held = Held(
-      Self.matrix(rows, width, directions: 1000, decay: 0.5, seed: 6), rows: rows, width: width, dim: 128)
+      Self.matrix(rows, width, directions: 500, decay: 0.5, seed: 6), rows: rows, width: width, dim: 128)
     let backend = try CPUBackend(threads: 2)
     let found = try backend.factor([held.matrix], ranks: [rank], options: FactorOptions())[0]
     var options = FactorOptions()
@@ -141,7 +143,7 @@ import Testing
   }
 
   @Test func sameBitsAtAnyThreadCount() throws {
-    withEvery("width", in: [48, 520]) { width in
+    withEvery("width", in: [48, 300]) { width in
       withEvery("algorithm", in: [FactorOptions.Algorithm.gram, .randomised]) { algorithm in
         var options = FactorOptions()
         options.algorithm = algorithm

@@ -136,6 +136,13 @@ struct Geometry: CustomStringConvertible {
     return Geometry(queryHeads, kvHeads, (keyDim + 31) / 32 * 32, (valueDim + 31) / 32 * 32)
   }
 
+  /// The same of a model that turns its keys, where there are two channels to turn.
+  func shape(layers: Int, rotary: Bool) throws -> ModelShape {
+    var shape = shape(layers: layers)
+    if rotary, keyDim >= 2 { shape.rotary = try RotaryEmbedding(headDim: keyDim, rotaryDim: keyDim / 2 * 2) }
+    return shape
+  }
+
   /// GQA of 1, 2, 4 and 16, one KV head, odd head sizes, values of another size than keys.
   static let all = [
     Geometry(2, 2, 40), Geometry(4, 2, 67), Geometry(4, 1, 24, 40), Geometry(16, 1, 16, 9), Geometry(6, 3, 8, 33),

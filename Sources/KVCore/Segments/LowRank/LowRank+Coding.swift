@@ -5,7 +5,8 @@
 ///   side whether there is a basis: flag
 ///        1: type u8 · encoder flag · mean flag · rank of each unit count · decoder · encoder · mean, as in `LatentBasis`
 ///        rows count and row store of each store
-/// SEGM   heads count · per head: latents count · dead count · positions · maybe log biases · maybe attention sums
+/// SEGM   heads count · per head: latents count · slots count · dead count · positions · maybe log biases, observed
+///        attention, counts
 ///        the dense window as row segments write it
 /// ```
 extension LowRankStorage {
@@ -42,8 +43,9 @@ extension LowRankStorage {
       let rows = try reader.count("rows of a store", in: 0...tokensSeen)
       stores.append(
         try RowStore(
-          from: &reader, slots: rows, dim: channels,
-          format: basis == nil ? .dense(format.window) : latentFormat(keys: isKey), backend: backend))
+          from: &reader, slots: rows,
+          like: RowStore(dim: channels, format: basis == nil ? .dense(format.window) : latentFormat(keys: isKey)),
+          backend: backend))
     }
     return Side(basis: basis, stores: stores)
   }
@@ -93,7 +95,9 @@ extension LatentBasis {
     let made = try LatentBasis.allocate(
       type: type, ranks: ranks, dim: dim, headsPerUnit: headsPerUnit, encoder: hasEncoder, mean: hasMean,
       backend: backend)
-    for (buffer, (var bytes, size)) in zip([made.decoder, made.encoder, made.mean], zip(parts, [type.byteCount, 4, 4])) {
+    for (buffer, (var bytes, size)) in zip(
+      [made.decoder, made.encoder, made.mean], zip(parts, [type.byteCount, 4, 4]))
+    {
       guard let buffer else { continue }
       swapToLittleEndian(&bytes, from: 0, width: size)
       bytes.withUnsafeBytes {
@@ -109,7 +113,10 @@ extension LatentBasis {
 extension LowRankSegment {
   package func encode(to writer: inout ByteWriter) {
     writer.count(columns.count)
-    for column in columns { column.encode(to: &writer) }
+    for (column, latents) in zip(columns, frozen) {
+      writer.count(latents)
+      column.encode(to: &writer)
+    }
     window.encode(to: &writer)
   }
 }
@@ -119,17 +126,21 @@ extension LatentColumns {
     writer.count(count)
     writer.count(dead)
     positions.encode(to: &writer)
-    for column in [bias, score] {
-      writer.bool(column != nil)
-      column?.encode(to: &writer)
+    writer.bool(bias != nil)
+    bias?.encode(to: &writer)
+    writer.bool(observed != nil)
+    if let observed {
+      writer.count(observed.width)
+      observed.encode(to: &writer)
     }
+    writer.bool(counts != nil)
+    counts?.encode(to: &writer)
   }
 
   fileprivate init(
-    from reader: inout ByteReader, count: Int, tokensSeen: Int, backend: any ComputeBackend
+    from reader: inout ByteReader, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) {
-    let slots = try reader.count("latents", in: 0...tokensSeen)
-    guard slots == count else { throw reader.corrupt("expected the \(count) latents of the group; found \(slots)") }
+    let slots = try reader.count("slots", in: 0...tokensSeen)
     let dead = try reader.count("dead slots", in: 0...slots)
     let positions = try PositionColumn(from: &reader, count: slots, tokensSeen: tokensSeen, backend: backend)
     var hidden = 0
@@ -143,11 +154,20 @@ extension LatentColumns {
     guard hidden == dead else {
       throw reader.corrupt("expected \(dead) dead slots, those with a log bias of minus infinity; found \(hidden)")
     }
-    var score: Column<Float>?
-    if try reader.bool("whether there is accumulated attention") {
-      score = try Column<Float>(from: &reader, count: slots, "attention sums", backend: backend) { $0.isFinite }
+    var observed: Column<Float>?
+    if try reader.bool("whether there is observed attention") {
+      let width = try reader.count("observed columns", in: 1...AttentionLimits.columns)
+      observed = try Column<Float>(from: &reader, width: width, count: slots, "observed numbers", backend: backend) {
+        $0.isFinite
+      }
     }
-    self.init(restoring: positions, bias: bias, score: score, dead: dead)
+    var counts: Column<UInt32>?
+    if try reader.bool("whether there are counts") {
+      counts = try Column<UInt32>(from: &reader, count: slots, "token counts", backend: backend) {
+        $0 >= 1 && $0 <= tokensSeen
+      }
+    }
+    self.init(restoring: positions, bias: bias, observed: observed, counts: counts, dead: dead)
   }
 }
 
@@ -180,19 +200,25 @@ extension LowRankFormat {
       throw reader.corrupt("expected all \(storage.shape.kvHeads) KV heads; found \(count)")
     }
     var columns: [LatentColumns] = []
+    var frozen: [Int] = []
     for head in 0..<count {
-      let (keys, values) = storage.sides.map {
-        (
-          storage.store($0.keys, member: member, head: head).rows,
-          storage.store($0.values, member: member, head: head).rows
-        )
-      } ?? (0, 0)
+      let (keys, values) =
+        storage.sides.map {
+          (
+            storage.store($0.keys, member: member, head: head).rows,
+            storage.store($0.values, member: member, head: head).rows
+          )
+        } ?? (0, 0)
       guard keys == values else {
         throw reader.corrupt("expected as many latents of keys as of values; found \(keys) and \(values)")
       }
       do throws(KVError) {
-        columns.append(
-          try LatentColumns(from: &reader, count: keys, tokensSeen: tokensSeen, backend: backend))
+        let latents = try reader.count("latents", in: 0...tokensSeen)
+        guard latents == keys else {
+          throw reader.corrupt("expected the \(keys) latents of the group; found \(latents)")
+        }
+        frozen.append(latents)
+        columns.append(try LatentColumns(from: &reader, tokensSeen: tokensSeen, backend: backend))
       } catch {
         throw error.at(head: head)
       }
@@ -200,11 +226,12 @@ extension LowRankFormat {
     let window = try plain.decodeSegment(
       from: &reader, layer: shape.layers[layer], tokensSeen: tokensSeen, backend: backend)
     guard let window = window as? RowSegment else { throw reader.corrupt("expected a dense window") }
-    for head in 0..<count where window.slotCount(head: head) > 0 {
-      guard (columns[head].positions.last ?? -1) < window.position(head: head, slot: 0) else {
-        throw reader.corrupt("expected latents before the window; found them in it").at(head: head)
+    for head in 0..<count {
+      let dense = columns[head].count - frozen[head]
+      guard window.slotCount(head: head) == dense, window.heads[head].dead == 0, window.heads[head].bias == nil else {
+        throw reader.corrupt("expected \(dense) dense rows; found \(window.slotCount(head: head))").at(head: head)
       }
     }
-    return LowRankSegment(storage: storage, member: member, columns: columns, window: window)
+    return LowRankSegment(storage: storage, member: member, columns: columns, frozen: frozen, window: window)
   }
 }

@@ -142,6 +142,13 @@ package struct LowRankFormat: JointFactory {
     plain.makeSegment(layer: layer, backend: backend)
   }
 
+  package func validate(backend: any ComputeBackend) throws(KVError) {
+    guard backend.holdsLatents else {
+      throw KVError(.unsupported, "\(backend.name) holds no latents; use the CPU backend for low-rank stores")
+    }
+    for format in [keyLatents, valueLatents, .dense(window)] { try backend.require(format) }
+  }
+
   package func validate(layer: LayerShape) throws(KVError) {
     try keys.validate("keys")
     try values.validate("values")
@@ -152,12 +159,12 @@ package struct LowRankFormat: JointFactory {
     }
   }
 
-  package func bytes(rows: Int, layer: LayerShape, scored: Bool) -> Int {
+  package func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
-    let window = plain.bytes(rows: min(rows, continuation.kept + 32), layer: layer, scored: scored)
+    let window = plain.bytes(rows: min(rows, continuation.kept + 32), layer: layer, observed: observed)
     return side(keys, keyLatents, rows: rows, dim: layer.keyDim, layer)
       + side(values, valueLatents, rows: rows, dim: layer.valueDim, layer) + window
-      + slots * (scored ? 3 : 2) * MemoryLayout<Float>.stride
+      + slots * (2 + observed) * MemoryLayout<Float>.stride
   }
 
   private func side(_ rank: Rank, _ latents: SideFormat, rows: Int, dim: Int, _ layer: LayerShape) -> Int {

@@ -3,89 +3,166 @@ package final class LowRankSegment: JointSegment {
   package let lowRank: LowRankStorage
   /// Which layer of the group this is.
   package let member: Int
-  /// Per KV head, the slots that are latents.
+  /// Per KV head, what every slot carries.
   package private(set) var columns: [LatentColumns]
+  /// Per KV head, the slots that are latents: the first ones.
+  package private(set) var frozen: [Int]
+  /// The other slots' rows. Its own biases and counts are absent: those above count.
   package private(set) var window: RowSegment
   /// Rows lent to another tier while it takes them over.
   private let lent = Workspace()
 
-  package init(storage: LowRankStorage, member: Int, window: RowSegment) {
+  /// A segment over the dense rows of `plain`, which stays as it is.
+  package init(storage: LowRankStorage, member: Int, plain: RowSegment) throws(KVError) {
     lowRank = storage
     self.member = member
+    guard let window = plain.fork() as? RowSegment else { preconditionFailure("a fork of rows is rows") }
+    try window.reclaim(eager: true)
+    columns = window.heads.map { LatentColumns(of: $0) }
+    frozen = Array(repeating: 0, count: window.kvHeads)
     self.window = window
-    columns = Array(repeating: LatentColumns(), count: window.kvHeads)
+    LowRankSegment.clear(window)
   }
 
-  package init(storage: LowRankStorage, member: Int, columns: [LatentColumns], window: RowSegment) {
+  package init(
+    storage: LowRankStorage, member: Int, columns: [LatentColumns], frozen: [Int], window: RowSegment
+  ) {
     lowRank = storage
     self.member = member
     self.columns = columns
+    self.frozen = frozen
     self.window = window
   }
 
-  package func replace(columns: [LatentColumns], window: RowSegment) {
+  package func replace(columns: [LatentColumns], frozen: [Int], window: RowSegment) {
     self.columns = columns
+    self.frozen = frozen
     self.window = window
+  }
+
+  /// Takes the columns off the rows of a window that carries none of its own.
+  static func clear(_ window: RowSegment) {
+    for head in 0..<window.kvHeads {
+      window.heads[head].bias = nil
+      window.heads[head].observed = nil
+      window.heads[head].counts = nil
+      window.heads[head].dead = 0
+    }
   }
 
   package var storage: any JointStorage { lowRank }
   private var backend: any ComputeBackend { lowRank.backend }
   package var kvHeads: Int { columns.count }
-
-  /// Slots of a head that are latents: they come first.
-  private func frozen(_ head: Int) -> Int { columns[head].count }
-
-  package func slotCount(head: Int) -> Int { frozen(head) + window.slotCount(head: head) }
-  package func liveCount(head: Int) -> Int { columns[head].live + window.liveCount(head: head) }
-
-  package func position(head: Int, slot: Int) -> Int {
-    slot < frozen(head) ? columns[head].positions[slot] : window.position(head: head, slot: slot - frozen(head))
-  }
-
-  package func isLive(head: Int, slot: Int) -> Bool {
-    slot < frozen(head) ? columns[head].isLive(slot) : window.isLive(head: head, slot: slot - frozen(head))
-  }
-
-  package func logBias(head: Int, slot: Int) -> Float {
-    slot < frozen(head) ? columns[head].bias?[slot] ?? 0 : window.logBias(head: head, slot: slot - frozen(head))
-  }
+  package func slotCount(head: Int) -> Int { columns[head].count }
+  package func liveCount(head: Int) -> Int { columns[head].live }
+  package func position(head: Int, slot: Int) -> Int { columns[head].positions[slot] }
+  package func isLive(head: Int, slot: Int) -> Bool { columns[head].isLive(slot) }
+  package func logBias(head: Int, slot: Int) -> Float { columns[head].bias?[slot] ?? 0 }
+  package func count(head: Int, slot: Int) -> Int { columns[head].counts.map { Int($0[slot]) } ?? 1 }
+  package func sortedFrom(head: Int) -> Int { columns[head].positions.sortedFrom }
 
   // MARK: Adding and removing
 
   package func append(
-    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, tracksScores: Bool
+    keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, observed: [Float]
   ) throws(KVError) {
-    try window.append(keys: keys, values: values, firstPosition: firstPosition, tracksScores: tracksScores)
+    for head in columns.indices {
+      try columns[head].reserve(next: firstPosition, adding: keys.tokens, backend: backend)
+      try columns[head].reserve(keys.tokens, observed: observed.count, backend: backend)
+    }
+    try window.append(keys: keys, values: values, firstPosition: firstPosition, observed: [])
+    for head in columns.indices {
+      columns[head].append(next: firstPosition, adding: keys.tokens, observed: observed)
+    }
   }
 
   package func settle() throws(KVError) { try window.settle() }
 
-  package func drop(_ slots: [[Int]]) throws(KVError) {
-    try window.drop(slots.enumerated().map { head, own in own.filter { $0 >= frozen(head) }.map { $0 - frozen(head) } })
-    for head in columns.indices {
-      try columns[head].drop(slots[head].filter { $0 < frozen(head) }, backend: backend)
-    }
+  package func prepareDrop(_ slots: [[Int]]) throws(KVError) {
+    for head in columns.indices where !slots[head].isEmpty { try columns[head].prepareDrop(backend: backend) }
   }
 
+  package func drop(_ slots: [[Int]]) throws(KVError) {
+    try prepareDrop(slots)
+    for head in columns.indices { for slot in slots[head] { columns[head].drop(slot) } }
+  }
+
+  package var dropsInPlace: Bool { true }
+
+  package func prepareDrop() throws(KVError) {
+    for head in columns.indices { try columns[head].prepareDrop(backend: backend) }
+  }
+
+  package func drop(head: Int, slot: Int) { columns[head].drop(slot) }
+
   package func reclaim(eager: Bool) throws(KVError) {
-    try window.reclaim(eager: eager)
+    try reclaimWindow(eager: eager)
     // Latents shared with other layers go when those layers let them go too; see `join`.
     if lowRank.layers.count == 1 { try lowRank.compact([self], eager: eager) }
   }
 
-  package func truncate(to position: Int) throws(KVError) { try window.truncate(to: position) }
-
-  package var minimumTruncation: Int {
-    columns.reduce(window.minimumTruncation) { max($0, ($1.positions.last ?? -1) + 1) }
+  /// Frees dense rows of dead slots.
+  package func reclaimWindow(eager: Bool) throws(KVError) {
+    var gone: [[Int]] = []
+    for head in columns.indices {
+      let own = columns[head]
+      let dead = own.dead == 0 ? [] : (frozen[head]..<own.count).filter { !own.isLive($0) }
+      gone.append(eager || dead.count >= min(64, max(8, own.live / 8)) ? dead.map { $0 - frozen[head] } : [])
+    }
+    if gone.allSatisfy(\.isEmpty) { return }
+    guard let rest = window.fork() as? RowSegment else { return }
+    try rest.drop(gone)
+    try rest.reclaim(eager: true)
+    var kept = columns
+    for head in columns.indices where !gone[head].isEmpty {
+      let dead = Set(gone[head].map { $0 + frozen[head] })
+      kept[head] = try columns[head].gathered((0..<columns[head].count).filter { !dead.contains($0) }, backend: backend)
+    }
+    LowRankSegment.clear(rest)
+    columns = kept
+    window = rest
   }
 
-  package func absorb(from other: any Segment, slots: [[Int]], tracksScores: Bool) throws(KVError) {
-    try window.absorb(from: other, slots: slots, tracksScores: tracksScores)
+  package func truncate(to position: Int) throws(KVError) {
+    try window.truncate(to: position)
+    for head in columns.indices {
+      columns[head].removeLast(columns[head].count - frozen[head] - window.slotCount(head: head))
+    }
+  }
+
+  package var minimumTruncation: Int {
+    columns.indices.reduce(window.minimumTruncation) { most, head in
+      let positions = columns[head].positions
+      if frozen[head] == 0 { return most }
+      return max(most, (positions.isAscending ? positions[frozen[head] - 1] : positions.maximum) + 1)
+    }
+  }
+
+  package func absorb(from other: any Segment, slots: [[Int]], observed: Int) throws(KVError) {
+    for head in columns.indices where !slots[head].isEmpty {
+      let positions = slots[head].map { other.position(head: head, slot: $0) }
+      try columns[head].reserve(positions, backend: backend)
+      try columns[head].reserve(
+        positions.count, biased: slots[head].contains { other.logBias(head: head, slot: $0) != 0 },
+        observed: observed, counted: slots[head].contains { other.count(head: head, slot: $0) != 1 },
+        backend: backend)
+    }
+    try window.absorb(from: other, slots: slots, observed: 0)
+    LowRankSegment.clear(window)
+    for head in columns.indices {
+      let source = other.observed(head: head)
+      for slot in slots[head] { columns[head].append(slot: slot, of: other, head: head, observed: source) }
+    }
+  }
+
+  package func retract(_ counts: [Int]) {
+    window.retract(counts)
+    for head in columns.indices where counts[head] > 0 { columns[head].removeLast(counts[head]) }
   }
 
   package func slices(head: Int, slots: [Int]) -> (keys: [RunSlice], values: [RunSlice]) {
-    let older = slots.filter { $0 < frozen(head) }
-    let newer = slots.filter { $0 >= frozen(head) }.map { $0 - frozen(head) }
+    let older = slots.filter { $0 < frozen[head] }
+    let newer = slots.filter { $0 >= frozen[head] }.map { $0 - frozen[head] }
     let rest = window.slices(head: head, slots: newer)
     if older.isEmpty { return rest }
     // Another tier takes rows, not latents.
@@ -106,20 +183,26 @@ package final class LowRankSegment: JointSegment {
   // MARK: Reading
 
   package func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan) {
-    let own = range.clamped(to: 0..<frozen(head))
+    let own = range.clamped(to: 0..<frozen[head])
+    let column = columns[head]
+    func carry(_ work: inout RowsWork, _ slots: Range<Int>) {
+      work.positions = column.positions.explicit?.base.map { UnsafePointer($0) + slots.lowerBound }
+      work.firstPosition = column.positions.first + slots.lowerBound
+      work.bias = column.bias?.base.map { UnsafePointer($0) + slots.lowerBound }
+      work.score = column.observed?.base.map { $0 + slots.lowerBound }
+      work.sortedFrom = max(0, min(column.positions.sortedFrom, slots.upperBound) - slots.lowerBound)
+      work.highest = column.positions.highest
+    }
     if !own.isEmpty, let sides = lowRank.sides {
       let place = lowRank.place(member: member, head: head)
       let keyStart = plan.slices.count
       lowRank.store(sides.keys, member: member, head: head).slices(own, into: &plan.slices)
       let valueStart = plan.slices.count
       lowRank.store(sides.values, member: member, head: head).slices(own, into: &plan.slices)
-      let column = columns[head]
       var work = RowsWork(
         kvHead: head, count: own.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
-        positions: column.positions.explicit?.base.map { UnsafePointer($0) + own.lowerBound },
-        firstPosition: column.positions.first + own.lowerBound,
-        bias: column.bias?.base.map { UnsafePointer($0) + own.lowerBound },
-        score: column.score?.base.map { $0 + own.lowerBound }, shift: shift)
+        positions: nil, firstPosition: 0, bias: nil, score: nil, shift: shift)
+      carry(&work, own)
       work.lowRank = LowRankRows(
         keyBasis: sides.keys.basis?.run(unit: place.unit, head: place.block),
         valueBasis: sides.values.basis?.run(unit: place.unit, head: place.block),
@@ -128,24 +211,26 @@ package final class LowRankSegment: JointSegment {
         rotary: lowRank.rotary)
       plan.rows.append(work)
     }
-    let rest = max(range.lowerBound, frozen(head))..<max(range.upperBound, frozen(head))
+    let rest = max(range.lowerBound, frozen[head])..<max(range.upperBound, frozen[head])
+    if rest.isEmpty { return }
     window.describe(
-      head: head, range: rest.lowerBound - frozen(head)..<rest.upperBound - frozen(head), shift: shift, in: plan)
+      head: head, range: rest.lowerBound - frozen[head]..<rest.upperBound - frozen[head], shift: shift, in: plan)
+    carry(&plan.rows[plan.rows.count - 1], rest)
   }
 
   package func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
     read(head, range, lowRank.sides?.keys, isKey: true, into: destination)
-    let rest = max(range.lowerBound, frozen(head))..<max(range.upperBound, frozen(head))
+    let rest = max(range.lowerBound, frozen[head])..<max(range.upperBound, frozen[head])
     window.readKeys(
-      head: head, range: rest.lowerBound - frozen(head)..<rest.upperBound - frozen(head),
+      head: head, range: rest.lowerBound - frozen[head]..<rest.upperBound - frozen[head],
       into: destination + (rest.lowerBound - range.lowerBound) * window.layer.keyDim)
   }
 
   package func readValues(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
     read(head, range, lowRank.sides?.values, isKey: false, into: destination)
-    let rest = max(range.lowerBound, frozen(head))..<max(range.upperBound, frozen(head))
+    let rest = max(range.lowerBound, frozen[head])..<max(range.upperBound, frozen[head])
     window.readValues(
-      head: head, range: rest.lowerBound - frozen(head)..<rest.upperBound - frozen(head),
+      head: head, range: rest.lowerBound - frozen[head]..<rest.upperBound - frozen[head],
       into: destination + (rest.lowerBound - range.lowerBound) * window.layer.valueDim)
   }
 
@@ -153,7 +238,7 @@ package final class LowRankSegment: JointSegment {
     _ head: Int, _ range: Range<Int>, _ side: LowRankStorage.Side?, isKey: Bool,
     into destination: UnsafeMutablePointer<Float>
   ) {
-    let own = range.clamped(to: 0..<frozen(head))
+    let own = range.clamped(to: 0..<frozen[head])
     guard !own.isEmpty, let side else { return }
     let slices = lowRank.store(side, member: member, head: head).slices(own)
     guard let basis = side.basis else {
@@ -174,53 +259,36 @@ package final class LowRankSegment: JointSegment {
   }
 
   package func denseRun(head: Int, keys: Bool) -> RunSlice? {
-    frozen(head) == 0 ? window.denseRun(head: head, keys: keys) : nil
+    frozen[head] == 0 && columns[head].dead == 0 ? window.denseRun(head: head, keys: keys) : nil
   }
 
-  // MARK: Scores
+  // MARK: Observed attention
 
-  package func score(head: Int, slot: Int) -> Float {
-    slot < frozen(head) ? columns[head].score?[slot] ?? 0 : window.score(head: head, slot: slot - frozen(head))
+  package func observed(head: Int) -> ObservedColumns {
+    let own = columns[head]
+    return ObservedColumns(
+      base: own.observed?.base, stride: own.observed?.capacity ?? 0, width: own.observed?.width ?? 0,
+      count: own.count, live: own.live, bias: own.dead > 0 ? own.bias?.base.map { UnsafePointer($0) } : nil,
+      positions: own.positions.explicit?.base.map { UnsafePointer($0) }, firstPosition: own.positions.first)
   }
 
-  package func copyScores(head: Int, into target: UnsafeMutablePointer<Float>) {
-    var next = target
-    for slot in 0..<frozen(head) where columns[head].isLive(slot) {
-      next.pointee = columns[head].score?[slot] ?? 0
-      next += 1
-    }
-    window.copyScores(head: head, into: next)
+  package func forgetObserved() { for head in columns.indices { columns[head].forgetObserved() } }
+
+  package func prepareObserved() throws(KVError) {
+    for head in columns.indices { try columns[head].makeObservedUnique(backend: backend) }
   }
 
   package func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>) {
-    for slot in 0..<frozen(head) where columns[head].isLive(slot) { slots.append(Int32(slot)) }
-    let first = slots.count
-    window.appendLiveSlots(head: head, to: &slots)
-    for index in first..<slots.count { slots[index] += Int32(frozen(head)) }
+    for slot in 0..<columns[head].count where columns[head].isLive(slot) { slots.append(Int32(slot)) }
   }
 
-  package func forgetScores() {
-    for head in columns.indices { columns[head].forgetScores() }
-    window.forgetScores()
-  }
-
-  package func addScores(head: Int, _ added: [Float]) throws(KVError) {
-    var next = 0
-    if columns[head].score != nil {
-      try columns[head].makeScoresUnique(backend: backend)
-      for slot in 0..<frozen(head) where columns[head].isLive(slot) {
-        columns[head].addScore(slot, added[next])
-        next += 1
-      }
-    } else {
-      next = columns[head].live
+  package func enterLiveSlots(
+    head: Int, as segment: Int32, in table: UnsafeMutableBufferPointer<LayerView.RowReference>
+  ) {
+    let positions = columns[head].positions
+    for slot in 0..<columns[head].count where columns[head].isLive(slot) {
+      table[positions[slot]] = LayerView.RowReference(segment: segment, slot: Int32(slot))
     }
-    try window.addScores(head: head, Array(added[next...]))
-  }
-
-  package func prepareScores() throws(KVError) {
-    for head in columns.indices { try columns[head].makeScoresUnique(backend: backend) }
-    try window.prepareScores()
   }
 
   // MARK: Life cycle
@@ -237,17 +305,17 @@ package final class LowRankSegment: JointSegment {
     guard let storage = storage as? LowRankStorage, let window = window.fork() as? RowSegment else {
       preconditionFailure("a low-rank segment forks onto low-rank storage")
     }
-    return LowRankSegment(storage: storage, member: member, columns: columns, window: window)
+    return LowRankSegment(storage: storage, member: member, columns: columns, frozen: frozen, window: window)
   }
 
   package func checkInvariants() {
     for (head, column) in columns.enumerated() {
       column.checkInvariants()
       let rows = lowRank.sides.map { lowRank.store($0.keys, member: member, head: head).rows } ?? 0
-      precondition(column.count == rows, "\(column.count) slots over \(rows) latents")
-      if let last = column.positions.last, window.slotCount(head: head) > 0 {
-        precondition(last < window.position(head: head, slot: 0), "latents lie before the window")
-      }
+      precondition(frozen[head] == rows, "\(frozen[head]) slots over \(rows) latents")
+      precondition(
+        column.count == rows + window.slotCount(head: head),
+        "\(column.count) slots over \(rows) latents and \(window.slotCount(head: head)) dense rows")
     }
     window.checkInvariants()
   }

@@ -65,7 +65,8 @@ package final class LowRankStorage: JointStorage {
 
   /// Segments of the group over the dense segments of its layers, which stay as they are.
   package func begin(_ plain: [RowSegment]) throws(KVError) -> [LowRankSegment] {
-    let segments = plain.enumerated().map { LowRankSegment(storage: self, member: $0, window: $1) }
+    var segments: [LowRankSegment] = []
+    for rows in plain { segments.append(try LowRankSegment(storage: self, member: segments.count, plain: rows)) }
     try freeze(segments, keeping: format.continuation.kept, atLeast: 1, of: 1)
     return segments
   }
@@ -86,24 +87,22 @@ package final class LowRankStorage: JointStorage {
   private func freeze(
     _ segments: [LowRankSegment], keeping: Int, atLeast: Int, of step: Int
   ) throws(KVError) {
-    var counts: [Int] = []
-    for unit in 0..<units {
-      let least = heads(of: unit).map { segments[$0.member].window.liveCount(head: $0.head) }.min() ?? 0
-      let count = max(0, least - keeping) / step * step
-      counts.append(count >= atLeast ? count : 0)
-    }
-    if counts.allSatisfy({ $0 == 0 }) { return }
-
     // Dead rows must not become latents.
-    var windows: [RowSegment] = []
-    for segment in segments {
-      if (0..<shape.kvHeads).allSatisfy({ segment.window.liveCount(head: $0) == segment.window.slotCount(head: $0) }) {
-        windows.append(segment.window)
-      } else if let copy = segment.window.fork() as? RowSegment {
-        try copy.reclaim(eager: true)
-        windows.append(copy)
+    func due() -> [Int] {
+      (0..<units).map { unit in
+        let least =
+          heads(of: unit).map {
+            segments[$0.member].columns[$0.head].count - segments[$0.member].frozen[$0.head]
+          }.min() ?? 0
+        let count = max(0, least - keeping) / step * step
+        return count >= atLeast ? count : 0
       }
     }
+    if due().allSatisfy({ $0 == 0 }) { return }
+    for segment in segments { try segment.reclaimWindow(eager: true) }
+    let counts = due()
+    if counts.allSatisfy({ $0 == 0 }) { return }
+    let windows = segments.map(\.window)
     if case .refresh = format.continuation, let sides {
       let keys = try refreshed(sides.keys, windows, counts, isKey: true)
       let values = try refreshed(sides.values, windows, counts, isKey: false)
@@ -149,21 +148,16 @@ package final class LowRankStorage: JointStorage {
   private func finish(
     _ segments: [LowRankSegment], _ windows: [RowSegment], _ counts: [Int], commit: () -> Void
   ) throws(KVError) {
-    var columns: [[LatentColumns]] = []
     var rests: [RowSegment] = []
-    for (member, segment) in segments.enumerated() {
-      let taken = (0..<shape.kvHeads).map { counts[place(member: member, head: $0).unit] }
-      var own: [LatentColumns] = []
-      for head in 0..<shape.kvHeads {
-        own.append(
-          try segment.columns[head].appending(taken[head], of: windows[member].heads[head], backend: backend))
-      }
-      columns.append(own)
-      rests.append(try LowRankStorage.withoutFront(windows[member], taken))
+    for member in segments.indices {
+      rests.append(
+        try LowRankStorage.withoutFront(
+          windows[member], (0..<shape.kvHeads).map { counts[place(member: member, head: $0).unit] }))
     }
     commit()
     for (member, segment) in segments.enumerated() {
-      segment.replace(columns: columns[member], window: rests[member])
+      let frozen = (0..<shape.kvHeads).map { segment.frozen[$0] + counts[place(member: member, head: $0).unit] }
+      segment.replace(columns: segment.columns, frozen: frozen, window: rests[member])
     }
   }
 
@@ -175,6 +169,7 @@ package final class LowRankStorage: JointStorage {
     guard let rest = window.fork() as? RowSegment else { return window }
     try rest.drop(counts.map { Array(0..<$0) })
     try rest.reclaim(eager: true)
+    LowRankSegment.clear(rest)
     return rest
   }
 
@@ -299,9 +294,10 @@ package final class LowRankStorage: JointStorage {
         let held = windows[member].heads[head]
         let columns = RowMatrix.Columns(
           slices: (isKey ? held.keys : held.values).slices(0..<rows), dim: dim(isKey: isKey))
-        sum += backend.project([
-          Projection(matrix: RowMatrix(rows: rows, columns: [columns]), encoder: [], mean: [], targets: [])
-        ])[0].energy
+        sum +=
+          backend.project([
+            Projection(matrix: RowMatrix(rows: rows, columns: [columns]), encoder: [], mean: [], targets: [])
+          ])[0].energy
       }
       return sum > 0 ? Float(sum.squareRoot()) : 1
     }
@@ -346,7 +342,7 @@ package final class LowRankStorage: JointStorage {
   /// Latents are longer than rows: what a row's type holds need not be enough for them.
   private func check(_ results: [ProjectionResult], isKey: Bool) throws(KVError) {
     let latents = latentFormat(keys: isKey)
-    let limit = min(latents.range.largest, latents.window.largestFinite)
+    let limit = min(latents.range(dim: 1).largest, latents.window.largestFinite)
     let largest = results.map(\.largest).reduce(0) { $1 <= $0 ? $0 : $1 }
     guard largest <= limit else {
       throw KVError(
@@ -463,10 +459,11 @@ package final class LowRankStorage: JointStorage {
     var keys = before.keys
     var values = before.values
     var columns = segments.map(\.columns)
+    var frozen = segments.map(\.frozen)
     var changed = false
     for unit in 0..<units {
       let heads = heads(of: unit)
-      let rows = segments[heads[0].member].columns[heads[0].head].count
+      let rows = segments[heads[0].member].frozen[heads[0].head]
       if heads.allSatisfy({ segments[$0.member].columns[$0.head].dead == 0 }) { continue }
       var alive = [Bool](repeating: false, count: rows)
       for place in heads {
@@ -481,7 +478,9 @@ package final class LowRankStorage: JointStorage {
       }
       let kept = (0..<rows).filter { physical[$0] }
       for place in heads {
-        columns[place.member][place.head] = try columns[place.member][place.head].gathered(kept, backend: backend)
+        let own = columns[place.member][place.head]
+        columns[place.member][place.head] = try own.gathered(kept + Array(rows..<own.count), backend: backend)
+        frozen[place.member][place.head] = kept.count
       }
       for index in keys.basis != nil ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
         keys.stores[index] = try keys.stores[index].rebuilt(physical: physical, backend: backend)
@@ -493,7 +492,9 @@ package final class LowRankStorage: JointStorage {
     }
     if !changed { return }
     sides = (keys, values)
-    for (segment, own) in zip(segments, columns) { segment.replace(columns: own, window: segment.window) }
+    for (member, segment) in segments.enumerated() {
+      segment.replace(columns: columns[member], frozen: frozen[member], window: segment.window)
+    }
   }
 
   package func tally(into tally: inout ByteTally) {

@@ -1,0 +1,134 @@
+import KVCompression
+import KVExperiments
+import Testing
+
+@testable import KVCore
+
+/// Low-rank methods against their authors' code.
+@Suite struct GoldenLowRankTests {
+  /// Keys and values of the entry's layers.
+  private struct Input {
+    var layers: [Int]
+    var tokens: Int
+    var keys: [HeadTensor] = []
+    var values: [HeadTensor] = []
+    var probes: [HeadTensor] = []
+    var beforeRotation: HeadTensor?
+
+    init(_ entry: GoldenEntry) throws {
+      let file = try Goldens.file(try #require(entry.input?["file"]?.string))
+      layers = entry.input?["layers"]?.numbers.map { Int($0) } ?? []
+      if let one = entry.input?["layer"]?.int { layers = [one] }
+      tokens = try #require(entry.input?["tokens"]?.int)
+      for layer in layers {
+        func tensor(_ name: String) throws -> HeadTensor {
+          let name = "layers.\(layer).\(name)"
+          let shape = try file.entry(named: name).shape
+          return try HeadTensor(heads: shape[0], tokens: shape[1], dim: shape[2], elements: file.floats(named: name))
+        }
+        keys.append(try tensor("keys").slice(tokens: 0..<tokens))
+        values.append(try tensor("values").slice(tokens: 0..<tokens))
+        probes.append(try tensor("probe_queries").slice(tokens: 0..<Goldens.index.get().outputProbes))
+      }
+    }
+  }
+
+  private func cache(_ store: Store, _ input: Input) throws -> KVCache {
+    let dim = input.keys[0].dim
+    let shape = ModelShape(
+      layerCount: input.layers.count, queryHeads: input.probes[0].heads, kvHeads: input.keys[0].heads, headDim: dim,
+      rotary: try RotaryEmbedding(headDim: dim, theta: 500_000))
+    let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: .cpu(threads: 2))
+    for layer in input.layers.indices {
+      let (k, v) = (input.keys[layer].elements, input.values[layer].elements)
+      try cache.append(
+        layer: layer, keys: TensorView(k.span, heads: input.keys[layer].heads, tokens: input.tokens, dim: dim),
+        values: TensorView(v.span, heads: input.values[layer].heads, tokens: input.tokens, dim: dim))
+    }
+    try cache.finishPrefill()
+    return cache
+  }
+
+  private func look(_ cache: KVCache, _ layer: Int, _ queries: HeadTensor) throws -> [Float] {
+    let q = queries.elements
+    var output = [Float](repeating: .nan, count: queries.heads * queries.tokens * queries.dim)
+    var span = output.mutableSpan
+    var view = try MutableTensorView(&span, heads: queries.heads, tokens: queries.tokens, dim: queries.dim)
+    var options = AttentionOptions()
+    options.causal = false
+    options.commits = false
+    try cache.attend(
+      layer: layer, queries: TensorView(q.span, heads: queries.heads, tokens: queries.tokens, dim: queries.dim),
+      into: &view, options: options)
+    _ = consume view
+    return output
+  }
+
+  /// Rows of all heads, rebuilt.
+  private func rows(_ cache: KVCache, _ layer: Int, keys: Bool) throws -> [Float] {
+    try (0..<cache.shape.layers[layer].kvHeads).flatMap { head in
+      let held = try cache.read(layer: layer, head: head)
+      return keys ? held.keys : held.values
+    }
+  }
+
+  private func relativeError(_ x: [Float], _ reference: [Float]) -> Double {
+    var (error, norm) = (0.0, 0.0)
+    for (a, b) in zip(x, reference) {
+      error += Double(a - b) * Double(a - b)
+      norm += Double(b) * Double(b)
+    }
+    return (error / norm).squareRoot()
+  }
+
+  @Test(arguments: Goldens.names("xkv."))
+  func xkv(name: String) throws {
+    let run = try GoldenRun(name)
+    let input = try Input(run.entry)
+    let store = try Store.xKV(
+      layers: run.entry.int("layers"), keyRank: .channels(run.entry.int("rankKeys")),
+      valueRank: .channels(run.entry.int("rankValues")), latents: .f32, basis: .f32, window: .f32)
+    let cache = try cache(store, input)
+    var restored = (keys: [Float](), values: [Float]())
+    for layer in input.layers.indices {
+      restored.keys += try rows(cache, layer, keys: true)
+      restored.values += try rows(cache, layer, keys: false)
+      try run.expect("\(layer).output", look(cache, layer, input.probes[layer]))
+    }
+    // Turning is a rotation: errors and norms of keys are the same before and after it.
+    let errors = (
+      relativeError(restored.keys, input.keys.flatMap(\.elements)),
+      relativeError(restored.values, input.values.flatMap(\.elements))
+    )
+    try run.expect("keys.relativeError", [errors.0])
+    try run.expect("keys.optimalError", [errors.0])
+    try run.expect("values.relativeError", [errors.1])
+    try run.expect("values.optimalError", [errors.1])
+
+    let last = input.layers.count - 1
+    try run.expect("lastLayer.values", rows(cache, last, keys: false))
+    var keys = try rows(cache, last, keys: true)
+    let positions = (0..<input.keys[0].heads).flatMap { _ in (0..<Int32(input.tokens)) }
+    var span = keys.mutableSpan
+    try cache.shape.rotary?.unrotate(&span, stride: input.keys[0].dim, positions: positions.span)
+    try run.expect("lastLayer.preRopeKeys", keys)
+
+    let segment = try #require(cache.layers[0].segments[0] as? LowRankSegment)
+    let sides = try #require(segment.lowRank.sides)
+    for (side, what) in [(sides.keys, "keys"), (sides.values, "values")] {
+      // Latents are U·S: their columns are as long as the singular values.
+      let rank = side.stores[0].dim
+      var squares = [Double](repeating: 0, count: rank)
+      for slice in side.stores[0].slices(0..<input.tokens) {
+        let base = (slice.run.base + slice.first * rank * 4).assumingMemoryBound(to: Float.self)
+        for i in 0..<slice.count * rank { squares[i % rank] += Double(base[i]) * Double(base[i]) }
+      }
+      let reference = try Goldens.reference(run.entry, "\(what).singularValues").numbers
+      for (index, square) in squares.enumerated() {
+        check(
+          abs(square.squareRoot() - reference[index]) < 1e-3 * reference[0], "singular value \(index) of \(what)")
+      }
+    }
+    run.finish(except: ["keys.singularValues", "values.singularValues"])
+  }
+}

@@ -1,0 +1,319 @@
+import KVBackendCPU
+import KVCompression
+import KVExperiments
+import Testing
+
+@testable import KVCore
+
+/// Caches whose older rows are latents.
+@Suite struct LowRankTests {
+  /// A store that keeps latents even where they are no smaller.
+  static func store(_ change: (inout LowRankFormat) -> Void) -> Store {
+    var format = LowRankFormat(
+      keys: .share(1), values: .share(1), keyLatents: .dense(.f32), valueLatents: .dense(.f32), basis: .f32,
+      window: .f32)
+    format.evenIfLarger = true
+    change(&format)
+    return Store(spec: StageSpec(name: "test"), factory: format)
+  }
+
+  static let geometries = [
+    Geometry(2, 2, 20), Geometry(4, 1, 24, 40), Geometry(16, 1, 16, 9), Geometry(6, 3, 8, 33),
+  ]
+
+  static func worst(_ a: [Float], _ b: [Float]) -> Float { zip(a, b).map { abs($0 - $1) }.max() ?? 0 }
+
+  /// A basis with every direction restores every row, however it is shared and wherever keys are turned.
+  @Test func fullRankIsExact() throws {
+    withEvery("geometry", in: Self.geometries) { geometry in
+      withEvery("layers", in: [1, 2, 3]) { layers in
+        withEvery("perHead", in: [false, true]) { perHead in
+          withEvery("beforeRotation", in: [false, true]) { before in
+            let shape = try geometry.shape(layers: 3, rotary: true)
+            let traffic = Traffic(shape, tokens: 90)
+            let store = Self.store {
+              $0.layersPerGroup = layers
+              $0.perHead = perHead
+              $0.beforeRotation = before
+            }
+            let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: .cpu(threads: 2))
+            let dense = try makeCache("f32", shape)
+            let a = try traffic.run(cache, prompt: 61, decoded: 3, chunk: 40)
+            let b = try traffic.run(dense, prompt: 61, decoded: 3, chunk: 40)
+            check(Self.worst(a, b) < 2e-4, "off by \(Self.worst(a, b))")
+            for layer in 0..<3 {
+              for head in 0..<geometry.kvHeads {
+                let x = try cache.read(layer: layer, head: head)
+                let y = try dense.read(layer: layer, head: head)
+                check(x.positions == y.positions, "positions")
+                check(Self.worst(x.keys, y.keys) < 1e-4 && Self.worst(x.values, y.values) < 1e-4, "rows")
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  /// Attention over latents is attention over the rows they stand for.
+  @Test func absorbedIsMaterialised() throws {
+    withEvery("geometry", in: Self.geometries) { geometry in
+      withEvery(
+        "store",
+        in: [
+          "svd(rank_k=0.3,rank_v=0.4,rope=post)", "svd(rank_k=0.3,rank_v=0.4,rope=pre)",
+          "svd(rank_k=0.5,rank_v=0.5,rope=pre,scope=head,latents=int8)", "svd(rank_k=0.3,rank_v=full,rope=post)",
+          "svd(rank_k=full,rank_v=0.3,rope=pre)", "xkv(layers=2,rank_k=0.2,rank_v=0.3,equalise=true)",
+          "xkv(layers=2,rank_k=0.2,rank_v=0.3,new=project,keep=4,latents=int4)",
+        ]
+      ) { text in
+        withEvery("queries", in: [1, 33]) { queries in
+          let shape = try geometry.shape(layers: 2, rotary: true)
+          let traffic = Traffic(shape, tokens: 80 + queries)
+          let cache = try makeCache(text, shape)
+          try traffic.run(cache, prompt: 80)
+          for layer in 0..<2 {
+            let range = 80..<80 + queries
+            try traffic.append(cache, layer, range)
+            let held = try (0..<geometry.kvHeads).map { try cache.read(layer: layer, head: $0) }
+            let output = try traffic.attend(cache, layer, range)
+            let oracle = try Oracle(
+              held, shape.layers[layer], queries: traffic.queries(layer, range), tokens: queries, firstPosition: 80)
+            let worst = zip(output, oracle.outputs).map { abs(Double($0) - $1) }.max() ?? 0
+            check(output.count == oracle.outputs.count && worst < 5e-5, "off by \(worst)")
+          }
+        }
+      }
+    }
+  }
+
+  /// Layers that are copies of each other share one set of latents without loss at half the rank.
+  @Test func identicalLayersRestoreExactly() throws {
+    let shape = try Geometry(2, 1, 16).shape(layers: 2, rotary: true)
+    var traffic = Traffic(shape, tokens: 200)
+    traffic.keys[1] = traffic.keys[0]
+    traffic.values[1] = traffic.values[0]
+    let store = Self.store {
+      $0.layersPerGroup = 2
+      $0.keys = .channels(16)
+      $0.values = .channels(16)
+    }
+    let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: .cpu(threads: 1))
+    try traffic.run(cache, prompt: 200)
+    for layer in 0..<2 {
+      let held = try cache.read(layer: layer, head: 0)
+      #expect(Self.worst(held.keys, traffic.keys(layer, 0..<200)) < 1e-4)
+      #expect(Self.worst(held.values, traffic.values(layer, 0..<200)) < 1e-4)
+    }
+  }
+
+  /// Bytes are the closed form of the method's page: latents once per group, bases once.
+  @Test func bytesAreTheClosedForm() throws {
+    let shape = ModelShape(
+      layerCount: 4, queryHeads: 4, kvHeads: 2, headDim: 32, rotary: try RotaryEmbedding(headDim: 32))
+    let (tokens, width) = (400, 64)
+    for (text, latents, bases) in [
+      ("svd(rank_k=16,rank_v=24)", 4 * 40 * tokens, 4 * 40 * width),
+      ("xkv(layers=4,rank_k=16,rank_v=24)", 40 * tokens, 40 * 4 * width),
+      ("xkv(layers=3,rank_k=18,rank_v=24)", (42 + 6 + 8) * tokens, 42 * 3 * width + 14 * width),
+      ("svd(rank_k=4,rank_v=6,scope=head)", 4 * 2 * 10 * tokens, 4 * 2 * 10 * 32),
+    ] {
+      let traffic = Traffic(shape, tokens: tokens)
+      let cache = try makeCache(text, shape)
+      try traffic.run(cache, prompt: tokens)
+      #expect(cache.bytes == ByteCount(payload: 2 * latents, metadata: 2 * bases), "\(text): \(cache.bytes)")
+      #expect(cache.bytes.total == cache.backend.memory.liveBytes)
+      #expect(try cache.policy.estimate(shape: shape, prompt: tokens) == cache.bytes)
+    }
+  }
+
+  /// Prompts too short for their basis, ranks beyond the rows, one token, one head: nothing breaks and nothing grows.
+  @Test func smallPromptsStayDense() throws {
+    withEvery("prompt", in: [1, 2, 7, 33]) { prompt in
+      withEvery("store", in: ["svd", "xkv", "svd(scope=head,rank_k=5,rank_v=9)", "svd(rank_k=1,rank_v=1)"]) { text in
+        let shape = try Geometry(4, 2, 16).shape(layers: 3, rotary: true)
+        let traffic = Traffic(shape, tokens: prompt + 3)
+        let cache = try makeCache(text, shape)
+        let dense = try makeCache("f16", shape)
+        try traffic.run(cache, prompt: prompt, decoded: 3)
+        try traffic.run(dense, prompt: prompt, decoded: 3)
+        check(cache.bytes.total <= dense.bytes.total + 3 * 2 * 2 * 2 * 16 * 64, "\(cache.bytes), \(dense.bytes) dense")
+        check(try cache.rows(layer: 2, head: 1) == Array(0..<prompt + 3), "rows")
+      }
+    }
+  }
+
+  @Test func zeroAndConstantRows() throws {
+    let shape = try Geometry(2, 2, 16).shape(layers: 2, rotary: true)
+    for text in ["svd(rank_k=4,rank_v=4)", "xkv(layers=2,rank_k=4,rank_v=4,equalise=true)"] {
+      var traffic = Traffic(shape, tokens: 120)
+      for layer in 0..<2 {
+        traffic.keys[layer] = Array(repeating: 0, count: traffic.keys[layer].count)
+        traffic.values[layer] = Array(repeating: layer == 0 ? 0 : 1.5, count: traffic.values[layer].count)
+      }
+      let cache = try makeCache(text, shape)
+      let outputs = try traffic.run(cache, prompt: 110, decoded: 10)
+      #expect(outputs.allSatisfy { abs($0) < 1e-6 || abs($0 - 1.5) < 2e-3 })
+    }
+  }
+
+  @Test func sameBitsAtAnyThreadCount() throws {
+    let shape = try Geometry(4, 2, 32).shape(layers: 2, rotary: true)
+    let traffic = Traffic(shape, tokens: 300)
+    for text in ["svd(rank_k=0.3,rank_v=0.3)", "xkv(layers=2,rank_k=9,rank_v=12)"] {
+      let outputs = try [1, 2, 3].map { threads in
+        try traffic.run(makeCache(text, shape, backend: .cpu(threads: threads)), prompt: 280, decoded: 20)
+      }
+      for other in outputs.dropFirst() { checkSame(outputs[0], other, text) }
+    }
+  }
+
+  /// Rows in the span of the prompt's are projected without loss; others lose what lies outside.
+  @Test func projectedTokens() throws {
+    let shape = try Geometry(2, 1, 16).shape(layers: 1, rotary: false)
+    var traffic = Traffic(shape, tokens: 400)
+    // Keys and values of rank 3.
+    for token in 0..<400 {
+      for c in 3..<16 {
+        traffic.keys[0][token * 16 + c] = traffic.keys[0][token * 16 + c % 3]
+        traffic.values[0][token * 16 + c] = traffic.values[0][token * 16 + c % 3]
+      }
+    }
+    let cache = try makeCache(
+      "svd(rank_k=3,rank_v=3,rope=post,new=project,keep=5,latents=f32,basis=f32,window=f32)", shape)
+    try traffic.run(cache, prompt: 200, decoded: 200)
+    let segment = try #require(cache.layers[0].segments[0] as? LowRankSegment)
+    #expect((5..<37).contains(segment.window.slotCount(head: 0)))
+    let held = try cache.read(layer: 0, head: 0)
+    #expect(held.positions == Array(0..<400))
+    #expect(Self.worst(held.keys, traffic.keys(0, 0..<400)) < 1e-4)
+    #expect(cache.bytes.total == cache.backend.memory.liveBytes)
+    #expect(try cache.policy.estimate(shape: shape, prompt: 200, decoded: 200) == cache.bytes)
+  }
+
+  /// A refreshed basis describes new directions, and what it described before.
+  @Test func refreshedBasis() throws {
+    let shape = try Geometry(2, 1, 16).shape(layers: 1, rotary: false)
+    var traffic = Traffic(shape, tokens: 400)
+    for token in 0..<400 {
+      let live = token < 200 ? 0..<4 : 4..<8
+      for c in 0..<16 where !live.contains(c) {
+        traffic.keys[0][token * 16 + c] = 0
+        traffic.values[0][token * 16 + c] = 0
+      }
+    }
+    let refreshing = try makeCache(
+      "svd(rank_k=8,rank_v=8,rope=post,new=refresh,keep=10,every=60,latents=f32,basis=f32,window=f32)", shape)
+    try traffic.run(refreshing, prompt: 200, decoded: 200)
+    let held = try refreshing.read(layer: 0, head: 0)
+    #expect(Self.worst(held.keys, traffic.keys(0, 0..<400)) < 2e-4)
+    #expect(Self.worst(held.values, traffic.values(0, 0..<400)) < 2e-4)
+    let segment = try #require(refreshing.layers[0].segments[0] as? LowRankSegment)
+    #expect(segment.window.slotCount(head: 0) < 70)
+    #expect(refreshing.bytes.total == refreshing.backend.memory.liveBytes)
+    expectError(.invalidOption, "codes") { _ = try PolicyRegistry.standard.policy("svd(new=refresh,latents=int4)") }
+  }
+
+  static let lives = [
+    "svd(rank_k=0.3,rank_v=0.4)", "svd(rank_k=0.3,rank_v=0.4,scope=head,rope=post,latents=int4,new=project,keep=6)",
+    "xkv(layers=2,rank_k=0.2,rank_v=0.3,new=project,keep=6,latents=int8)",
+    "xkv(layers=3,rank_k=0.2,rank_v=0.3,equalise=true)", "svd(rank_k=0.3,rank_v=0.4,new=refresh,keep=4,every=20)",
+  ]
+
+  /// Forks go their own way over shared memory; a saved cache continues with the same bits.
+  @Test(arguments: lives)
+  func forksAndFiles(text: String) throws {
+    let shape = try Geometry(4, 2, 16).shape(layers: 5, rotary: true)
+    let traffic = Traffic(shape, tokens: 260)
+    let cache = try makeCache(text, shape)
+    try traffic.run(cache, prompt: 150, decoded: 20)
+    let before = try Snapshot(cache)
+    let fork = cache.fork()
+    #expect(KVCache.bytes(of: [cache, fork]).total == cache.backend.memory.liveBytes)
+    let loaded = try KVCache.load(saved: cache.saved(), backend: .cpu(threads: 1))
+    #expect(try Snapshot(loaded) == before)
+    #expect(loaded.bytes.total == loaded.backend.memory.liveBytes)
+    var outputs: [[Float]] = [[], [], []]
+    for token in 170..<260 {
+      outputs[0] += try traffic.step(fork, token..<token + 1)
+      outputs[1] += try traffic.step(loaded, token..<token + 1)
+    }
+    #expect(try Snapshot(cache) == before)
+    for token in 170..<260 { outputs[2] += try traffic.step(cache, token..<token + 1) }
+    checkClose(outputs[0], outputs[2], "a fork")
+    checkClose(outputs[1], outputs[2], "a loaded cache")
+  }
+
+  /// What was factored cannot be cut; what is dense can.
+  @Test(arguments: lives)
+  func trimming(text: String) throws {
+    let shape = try Geometry(4, 2, 16).shape(layers: 3, rotary: true)
+    let traffic = Traffic(shape, tokens: 170)
+    let cache = try makeCache(text, shape)
+    try traffic.run(cache, prompt: 150, decoded: 3)
+    let minimum = cache.minimumTrim
+    #expect(minimum > 100 && minimum <= 153)
+    expectError(.irreversible, "compressed", layer: 0) { try cache.trim(to: minimum - 1) }
+    try cache.trim(to: minimum)
+    #expect(try cache.rows(layer: 1, head: 1) == Array(0..<minimum))
+    try traffic.step(cache, minimum..<minimum + 5)
+    #expect(cache.bytes.total == cache.backend.memory.liveBytes)
+  }
+
+  /// Layers of a group wait for the last; layers that cannot be in one stay as they are.
+  @Test func groupsAndStatus() throws {
+    var layers = Array(repeating: Geometry(2, 2, 16).layer(), count: 6)
+    layers[2] = Geometry(2, 2, 16).layer(slidingWindow: 8)
+    layers[3] = Geometry(4, 1, 16).layer()
+    let shape = ModelShape(layers: layers, rotary: try RotaryEmbedding(headDim: 16))
+    let traffic = Traffic(shape, tokens: 150)
+    let cache = try makeCache("xkv(layers=2,rank_k=4,rank_v=6)", shape)
+    #expect(cache.groups.map(\.layers) == [[0, 1], [3], [4, 5]])
+    for layer in 0..<6 {
+      try traffic.append(cache, layer, 0..<150)
+      try traffic.attend(cache, layer, 0..<150)
+      try cache.finishPrefill(layer: layer)
+      if layer == 0 { #expect(cache.layers[0].segments[0] is RowSegment) }
+      if layer == 1 { #expect(cache.layers[0].segments[0] is LowRankSegment) }
+    }
+    #expect(cache.layers[2].segments[0] is RowSegment)
+    #expect(cache.status[4].reason.contains("layers 5"))
+  }
+
+  /// Tokens that heads drop while decoding are gone; latents of tokens that all dropped are freed.
+  @Test func dropsWhileDecoding() throws {
+    let shape = try Geometry(4, 2, 16).shape(layers: 2, rotary: true)
+    let traffic = Traffic(shape, tokens: 500)
+    for store in ["svd(rank_k=6,rank_v=6,scope=head)", "xkv(layers=2,rank_k=6,rank_v=6,new=project,keep=2)"] {
+      let cache = try makeCache("streaming(recent=100,sinks=2,positions=keep)+\(store)", shape)
+      try traffic.run(cache, prompt: 300, decoded: 10)
+      let bytes = cache.bytes.total
+      for token in 310..<500 { try traffic.step(cache, token..<token + 1) }
+      #expect(try cache.rows(layer: 0, head: 0) == [0, 1] + Array(400..<500))
+      #expect(cache.bytes.total == cache.backend.memory.liveBytes)
+      if store.hasPrefix("xkv") { #expect(cache.bytes.total < bytes * 3 / 2) }
+    }
+  }
+
+  @Test func refusals() throws {
+    let bare = Geometry(2, 2, 16).shape(layers: 2)
+    expectError(.missingInput, "rotary") { _ = try makeCache("svd", bare) }
+    expectError(.missingInput, "rotary") { _ = try makeCache("xkv", bare) }
+    for text in ["svd(rank_k=0)", "svd(rank_v=5000)", "svd(rank_k=1.5)", "xkv(layers=0)", "svd(latents=int5)"] {
+      #expect(throws: KVError.self, "\(text)") { _ = try PolicyRegistry.standard.policy(text) }
+    }
+    // Latents are as long as rows of all heads together.
+    let shape = try Geometry(2, 2, 16).shape(layers: 1, rotary: true)
+    var traffic = Traffic(shape, tokens: 100)
+    traffic.values[0] = traffic.values[0].map { $0 == 0 ? 60000 : 60000 * $0 / abs($0) }
+    let cache = try makeCache("svd(rank_k=4,rank_v=4)", shape)
+    try traffic.append(cache, 0, 0..<100)
+    let before = try Snapshot(cache).heads
+    expectError(.unrepresentable, "latents of values", "bf16", layer: 0) { try cache.finishPrefill() }
+    #expect(try Snapshot(cache).heads == before)
+    let wide = try makeCache("svd(rank_k=4,rank_v=4,latents=bf16)", shape)
+    try traffic.append(wide, 0, 0..<100)
+    try wide.finishPrefill()
+    #expect(wide.layers[0].segments[0] is LowRankSegment)
+  }
+}
