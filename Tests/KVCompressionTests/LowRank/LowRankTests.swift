@@ -80,7 +80,9 @@ import Testing
             let oracle = try Oracle(
               held, shape.layers[layer], queries: traffic.queries(layer, range), tokens: queries, firstPosition: 80)
             let worst = zip(output, oracle.outputs).map { abs(Double($0) - $1) }.max() ?? 0
-            check(output.count == oracle.outputs.count && worst < 5e-5, "off by \(worst)")
+            // Kernels over codes round queries too.
+            let bound = text.contains("latents=int") ? 2e-3 : 5e-5
+            check(output.count == oracle.outputs.count && worst < bound, "off by \(worst)")
           }
         }
       }

@@ -70,7 +70,11 @@ package struct LatentColumns {
   package mutating func append(next: Int, adding: Int, observed values: [Float]) {
     positions.append(next: next, adding: adding)
     bias?.append(repeating: 0, count: adding)
-    if values.isEmpty { observed?.append(repeating: 0, count: adding) } else { observed?.append(planes: values, count: adding) }
+    if values.isEmpty {
+      observed?.append(repeating: 0, count: adding)
+    } else {
+      observed?.append(planes: values, count: adding)
+    }
     counts?.append(repeating: 1, count: adding)
   }
 
@@ -80,9 +84,8 @@ package struct LatentColumns {
     bias?.append(other.logBias(head: head, slot: slot))
     counts?.append(UInt32(other.count(head: head, slot: slot)))
     observed?.append(0)
-    for plane in 0..<(observed?.width ?? 0) {
-      observed?.set(count - 1, plane: plane, source.value(column: plane, slot: slot))
-    }
+    let (width, last) = (observed?.width ?? 0, count - 1)
+    for plane in 0..<width { observed?.set(last, plane: plane, source.value(column: plane, slot: slot)) }
   }
 
   // MARK: Removing
