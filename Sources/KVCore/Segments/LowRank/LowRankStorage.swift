@@ -180,11 +180,13 @@ package final class LowRankStorage: JointStorage {
     defer { sides = (keys, values) }
     for index in keys.stores.indices where keys.basis != nil {
       try keys.stores[index].encodeTail(
-        format.keyLatents.rowsToFlush(tail: keys.stores[index].tailRows), backend: backend)
+        format.keyLatents.rowsToFlush(
+          tail: keys.stores[index].tailRows, dim: keys.stores[index].dim, batchEnds: false), backend: backend)
     }
     for index in values.stores.indices where values.basis != nil {
       try values.stores[index].encodeTail(
-        format.valueLatents.rowsToFlush(tail: values.stores[index].tailRows), backend: backend)
+        format.valueLatents.rowsToFlush(
+          tail: values.stores[index].tailRows, dim: values.stores[index].dim, batchEnds: false), backend: backend)
     }
   }
 
