@@ -101,7 +101,8 @@ import Testing
   ) throws {
     let shape = try geometry.shape(layers: 2, rotary: true)
     // Keys of one channel have nothing to turn.
-    if shape.rotary == nil, policy.tiers[0].spec.name == "xkv" { return }
+    let turns = policy.tiers.contains { ($0.factory as? LowRankFormat)?.beforeRotation == true }
+    if turns, shape.rotary == nil { return }
     let backend = try Backend.cpu(threads: 1)
     let traffic = Traffic(shape, tokens: prompt + decoded, seed: UInt64(prompt))
     do {
@@ -189,7 +190,7 @@ import Testing
         if dense {
           checkSame(held.keys, rows.flatMap { traffic.key(layer, head, $0) }, "keys of head \(head)")
           checkSame(held.values, rows.flatMap { traffic.value(layer, head, $0) }, "values of head \(head)")
-        } else if held.keys.count > 0, ["svd", "xkv"].contains(cache.policy.tiers[0].spec.name) {
+        } else if held.keys.count > 0, cache.policy.tiers.contains(where: { $0.factory is LowRankFormat }) {
           // What a basis leaves of all heads of a token is no longer than they were.
           let longest = Double(254 / 64) * Double(cache.shape.layers[layer].kvHeads * 2 * 67).squareRoot()
           check(held.keys.allSatisfy { abs(Double($0)) < longest }, "a restored key is longer than any there was")
