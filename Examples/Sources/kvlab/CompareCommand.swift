@@ -22,7 +22,10 @@ struct CompareCommand: ParsableCommand {
       for the same queries over the same history
       needleAccuracy     share of five-digit codes hidden in a text that come out whole. The cache is compressed before \
       the question is known; the question then arrives as one chunk. needleAccuracyQueryAware: the question is part of \
-      the prompt. Digits are teacher-forced, which for whole codes is the same as greedy decoding
+      the prompt. Digits are teacher-forced, which for whole codes is the same as greedy decoding. Each text holds --notes \
+      codes; oneNeedleAccuracy and oneNeedleAccuracyQueryAware are for texts that hold one
+      rowsPerHead        rows that heads hold after the last token: least, mean and most over layers and heads. Where \
+      they differ, each head's memory is what its own rows need
       *TokensPerSecond   of the model with this cache; compressing counts as prefill
       peakCacheBytes     most the cache ever held, the uncompressed prompt included
       """)
@@ -33,6 +36,10 @@ struct CompareCommand: ParsableCommand {
   var text: String?
   @Option(help: "Policies separated by commas, such as 'f16,kivi(bits=2),snapkv(budget=0.25)+kivi'.")
   var policies: String?
+  @Option(help: "Policies of a family instead: eviction, quantization, merging, lowrank or all.")
+  var preset: String?
+  @Option(help: "Parts of the cache that the selections of a preset keep (default: 0.5,0.25,0.125,0.05).")
+  var ratios: String?
   @Option(help: "Prompt tokens of each piece of text (default: 1024).")
   var context: Int?
   @Option(help: "Tokens read one by one after the prompt (default: 256).")
@@ -65,8 +72,7 @@ struct CompareCommand: ParsableCommand {
       options.seed = seed
       options.threads = threading.threads
       try options.validate()
-      let chosen = try NamedPolicy.list(
-        policies ?? (quick ? NamedPolicy.quickDefaults : NamedPolicy.defaults).joined(separator: ","))
+      let (chosen, refused) = try choice()
       let directory = try PackagedFiles.model(or: model)
       let engine = try Engine(directory: directory)
       let comparison = try Comparison(
@@ -77,12 +83,37 @@ struct CompareCommand: ParsableCommand {
         "\(engine.model.parameterCount) parameters, \(engine.model.config.layerCount) layers; "
           + "\(options.samples) texts of \(options.context) + \(options.decode) tokens, "
           + "\(options.needles * options.notes) needle questions; \(backend.name)")
-      let records = try comparison.run(ProgressBar())
-      print(CompareRecord.table(records))
+      var result = try comparison.run(ProgressBar())
+      result.failures = refused + result.failures
+      print(CompareRecord.table(result.records))
+      if !result.failures.isEmpty { print("\nnot measured:\n" + PolicyFailure.list(result.failures)) }
       if let json {
-        try TextFile.write(JSONText.array(records.map(\.json)).pretty, to: json)
+        try TextFile.write(result.json.pretty, to: json)
         print("written to \(json)")
       }
+      // A preset tries what there is; policies that were asked for by name should have run.
+      if preset == nil, let failure = result.failures.first {
+        var error = failure.error
+        error.message = "\(failure.policy): \(error.message)"
+        throw error
+      }
     }
+  }
+
+  private func choice() throws(KVError) -> (policies: [NamedPolicy], failures: [PolicyFailure]) {
+    guard let preset else {
+      guard ratios == nil else { throw KVError(.invalidOption, "--ratios goes with --preset") }
+      return (
+        try NamedPolicy.list(
+          policies ?? (quick ? NamedPolicy.quickDefaults : NamedPolicy.defaults).joined(separator: ",")), []
+      )
+    }
+    guard policies == nil else { throw KVError(.invalidOption, "--policies and --preset exclude each other") }
+    guard let preset = ComparePreset(rawValue: preset) else {
+      let names = ComparePreset.allCases.map(\.rawValue).joined(separator: ", ")
+      throw KVError(.invalidOption, "--preset is one of \(names); got '\(preset)'")
+    }
+    let kept = try ratios.map { (text) throws(KVError) in try ComparePreset.ratios(text) }
+    return NamedPolicy.attempt(preset.texts(ratios: kept ?? ComparePreset.defaultRatios))
   }
 }

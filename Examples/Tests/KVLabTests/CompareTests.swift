@@ -17,7 +17,9 @@ import Testing
       engine: Engine(directory: directory), policies: NamedPolicy.list("f32, streaming(budget=0.5)+kivi(residual=32)"),
       texts: PackagedFiles.readTexts(at: PackagedFiles.texts(or: nil)), names: PackagedFiles.names(model: directory),
       options: options)
-    let records = try comparison.run(NoProgress())
+    let result = try comparison.run(NoProgress())
+    let records = result.records
+    #expect(result.failures.isEmpty)
     #expect(records.map(\.policy) == ["f32", "streaming(budget=0.5)+kivi(residual=32)"])
     let full = records[0]
     #expect(full.klDivergence == 0 && full.attentionError == 0 && full.perplexityChange == 0)
@@ -32,7 +34,68 @@ import Testing
         "policy", "spec", "bytesPerToken", "ratio", "perplexity", "perplexityChange", "klDivergence", "attentionError",
         "needleAccuracy", "prefillTokensPerSecond", "decodeTokensPerSecond", "peakCacheBytes",
       ])
+    #expect(full.oneNeedle.codes == 1 && full.oneNeedleQueryAware.codes == 1)
+    #expect(full.rowsPerHead.least == 172 && full.rowsPerHead.most == 172 && full.rowsPerHead.text == "172")
+    #expect(small.rowsPerHead.most < 172 && small.rowsPerHead.mean >= Double(small.rowsPerHead.least))
+    for key in [
+      "needleAccuracyQueryAware", "oneNeedleAccuracy", "oneNeedleAccuracyQueryAware", "rowsPerHeadMin",
+      "rowsPerHeadMean", "rowsPerHeadMax",
+    ] { #expect(small.json.keys.contains(key)) }
     #expect(CompareRecord.table(records).split(separator: "\n").count == 4)
+  }
+
+  /// A text that is no policy, one that the model cannot have, and one that runs.
+  @Test func whatCannotRunIsListedAndTheRestRuns() throws {
+    let directory = try PackagedFiles.model(or: nil)
+    var options = CompareOptions()
+    options.context = 64
+    options.decode = 2
+    options.samples = 1
+    options.needles = 0
+    options.threads = 1
+    let wide = "ggml(keys=q8_0)+rotated(key_block=128)"
+    let (policies, refused) = NamedPolicy.attempt(["nosuchmethod", wide, "f16"])
+    #expect(refused.map(\.policy) == ["nosuchmethod"])
+    #expect(policies.count == 2)
+    let comparison = try Comparison(
+      engine: Engine(directory: directory), policies: policies,
+      texts: PackagedFiles.readTexts(at: PackagedFiles.texts(or: nil)), names: PackagedFiles.names(model: directory),
+      options: options)
+    let result = try comparison.run(NoProgress())
+    #expect(result.records.map(\.policy) == ["f16"])
+    #expect(result.failures.map(\.policy) == [wide])
+    #expect(result.failures.allSatisfy { !$0.line.isEmpty && $0.json.keys == ["policy", "error"] })
+    #expect(result.records[0].oneNeedle.codeAccuracy.isNaN)
+  }
+
+  @Test func presetsHoldWhatIsRegistered() throws {
+    let eviction = ComparePreset.eviction.texts()
+    for ratio in ["0.5", "0.25", "0.125", "0.05"] { #expect(eviction.contains("h2o(budget=\(ratio))")) }
+    #expect(ComparePreset.eviction.texts(ratios: [0.3]).contains("snapkv(budget=0.3)"))
+    let all = ComparePreset.all.texts()
+    #expect(Set(all).count == all.count && all.first == "f16")
+    let families = [EvictionMethods.all, QuantizationMethods.all, MergingMethods.all, LowRankMethods.all]
+    for method in families.joined() where method.role == .selection || method.role == .store {
+      let named = all.contains { $0.hasPrefix(method.name) }
+      #expect(named, "\(method.name) is in no preset")
+    }
+    // Only methods that need a table of the model's heads are no policy from a text alone.
+    let (_, refused) = NamedPolicy.attempt(all)
+    #expect(refused.allSatisfy { $0.policy.hasPrefix("duoattention") }, "\(PolicyFailure.list(refused))")
+  }
+
+  @Test func ratiosAreParts() throws {
+    #expect(try ComparePreset.ratios("0.5, 0.1") == [0.5, 0.1])
+    for text in ["", "0", "1.5", "0.5,", "half", "nan"] {
+      #expect { try ComparePreset.ratios(text) } throws: { ($0 as? KVError)?.code == .invalidOption }
+    }
+  }
+
+  @Test func rowsPerHead() {
+    var rows = RowsPerHead()
+    #expect(rows.mean.isNaN)
+    for count in [10, 4, 7] { rows.add(count) }
+    #expect(rows.least == 4 && rows.mean == 7 && rows.most == 10 && rows.text == "4–7–10")
   }
 
   @Test func saysWhatDoesNotFit() throws {

@@ -19,6 +19,11 @@ package struct CompareRecord: Sendable {
   package var needles: RetrievalScore
   /// The question was part of the prompt that the policy saw.
   package var needlesQueryAware: RetrievalScore
+  /// The same with one note in each text.
+  package var oneNeedle: RetrievalScore
+  package var oneNeedleQueryAware: RetrievalScore
+  /// Of all layers and samples, after the last token.
+  package var rowsPerHead: RowsPerHead
   package var prefillTokensPerSecond: Double
   package var decodeTokensPerSecond: Double
   package var peakCacheBytes: Int
@@ -39,13 +44,20 @@ package struct CompareRecord: Sendable {
       .init("needleDigitAccuracyQueryAware", .number(needlesQueryAware.digitAccuracy)),
       .init("needleQuestions", .integer(needles.codes)), .init("contextTokens", .integer(contextTokens)),
       .init("decodedTokens", .integer(decodedTokens)),
+      .init("oneNeedleAccuracy", .number(oneNeedle.codeAccuracy)),
+      .init("oneNeedleDigitAccuracy", .number(oneNeedle.digitAccuracy)),
+      .init("oneNeedleAccuracyQueryAware", .number(oneNeedleQueryAware.codeAccuracy)),
+      .init("oneNeedleDigitAccuracyQueryAware", .number(oneNeedleQueryAware.digitAccuracy)),
+      .init("oneNeedleQuestions", .integer(oneNeedle.codes)),
+      .init("rowsPerHeadMin", .integer(rowsPerHead.least)), .init("rowsPerHeadMean", .number(rowsPerHead.mean)),
+      .init("rowsPerHeadMax", .integer(rowsPerHead.most)),
     ])
   }
 
   package static func table(_ records: [CompareRecord]) -> String {
     var table = TextTable([
-      "policy", "B/token", "ratio", "ppl", "change", "KL", "attn err", "needle", "aware", "prefill/s", "decode/s",
-      "peak",
+      "policy", "B/token", "ratio", "ppl", "change", "KL", "attn err", "needle", "aware", "1 needle", "1 aware",
+      "prefill/s", "decode/s", "peak", "rows/head",
     ])
     for record in records {
       table.rows.append([
@@ -54,10 +66,35 @@ package struct CompareRecord: Sendable {
         Print.fixed(record.klDivergence, 4), Print.fixed(record.attentionError, 4),
         Print.percent(record.needles.codeAccuracy, digits: 0),
         Print.percent(record.needlesQueryAware.codeAccuracy, digits: 0),
+        Print.percent(record.oneNeedle.codeAccuracy, digits: 0),
+        Print.percent(record.oneNeedleQueryAware.codeAccuracy, digits: 0),
         Print.fixed(record.prefillTokensPerSecond, 0), Print.fixed(record.decodeTokensPerSecond, 0),
-        Print.bytes(record.peakCacheBytes),
+        Print.bytes(record.peakCacheBytes), record.rowsPerHead.text,
       ])
     }
     return table.text
   }
+}
+
+/// How many rows heads hold.
+package struct RowsPerHead: Sendable, Hashable {
+  private var heads = 0
+  private var sum = 0
+  package private(set) var least = 0
+  package private(set) var most = 0
+
+  package init() {}
+
+  package mutating func add(_ rows: Int) {
+    least = heads == 0 ? rows : min(least, rows)
+    most = max(most, rows)
+    sum += rows
+    heads += 1
+  }
+
+  /// NaN without heads.
+  package var mean: Double { heads == 0 ? .nan : Double(sum) / Double(heads) }
+
+  /// `320`, or `96–320–1280` where heads differ: least, mean, most.
+  package var text: String { least == most ? "\(least)" : "\(least)–\(Print.fixed(mean, 0))–\(most)" }
 }

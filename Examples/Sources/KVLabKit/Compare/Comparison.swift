@@ -13,19 +13,22 @@ package struct Comparison {
   private let policies: [NamedPolicy]
   private let options: CompareOptions
   private let samples: [[Int]]
+  /// Several notes in each.
   private let needles: [NeedleSequence]
+  /// One note in each.
+  private let single: [NeedleSequence]
+  /// Policies that no cache of this model can have.
+  package let failures: [PolicyFailure]
 
-  /// Prepares samples and needles, and makes one cache per policy so that nothing is computed before all are known to
-  /// fit the model.
+  /// Prepares samples and needles, and makes one cache per policy: what does not fit the model is a failure before
+  /// anything is computed.
   ///
-  /// - Throws: `invalidOption`, `missingInput` when the texts are too short, and what caches throw for a policy that does
-  ///   not fit.
+  /// - Throws: `invalidOption`, `missingInput` when the texts are too short.
   package init(
     engine: Engine, policies: [NamedPolicy], texts: [String], names: NeedleNames, options: CompareOptions
   ) throws(KVError) {
     try options.validate()
     self.engine = engine
-    self.policies = policies
     self.options = options
     let tokens = texts.map { engine.tokenizer.encode($0) }
     samples = try Self.samples(tokens, prefix: engine.promptPrefix, options)
@@ -34,18 +37,28 @@ package struct Comparison {
       encode: { engine.tokenizer.encode($0) },
       holdsDigit: { engine.tokenizer.bytes(of: $0).contains { (48...57).contains($0) } })
     var needles: [NeedleSequence] = []
+    var single: [NeedleSequence] = []
+    let length = options.needleContext ?? options.context
     for _ in 0..<options.needles {
-      needles.append(
-        try builder.next(
-          tokens: options.needleContext ?? options.context, notes: options.notes, questions: options.notes))
+      needles.append(try builder.next(tokens: length, notes: options.notes, questions: options.notes))
     }
+    // Behind the others, whose text does not depend on these.
+    for _ in 0..<options.needles { single.append(try builder.next(tokens: length, notes: 1, questions: 1)) }
     self.needles = needles
+    self.single = single
+    let backend = try Backend.cpu(threads: options.threads)
+    var fitting: [NamedPolicy] = []
+    var failures: [PolicyFailure] = []
     for policy in policies {
-      try Self.named(policy) { () throws(KVError) in
-        _ = try KVCache(
-          shape: engine.model.config.shape, policy: policy.policy, backend: .cpu(threads: options.threads))
+      do throws(KVError) {
+        _ = try KVCache(shape: engine.model.config.shape, policy: policy.policy, backend: backend)
+        fitting.append(policy)
+      } catch {
+        failures.append(PolicyFailure(policy: policy.name, error: error))
       }
     }
+    self.policies = fitting
+    self.failures = failures
   }
 
   /// Pieces of context + decode + 1 tokens: the first of each text, then the second of each, as many as are wanted.
@@ -73,11 +86,14 @@ package struct Comparison {
 
   // MARK: Running
 
-  /// Measures every policy. O(policies · samples · tokens) model steps.
-  package func run(_ progress: any Progress) throws(KVError) -> [CompareRecord] {
+  /// Measures every policy; one that fails is left out from there on. O(policies · samples · tokens) model steps.
+  ///
+  /// - Throws: what the full cache throws.
+  package func run(_ progress: any Progress) throws(KVError) -> ComparisonResult {
     progress.begin(steps: samples.count * (policies.count + 1) + (needles.isEmpty ? 0 : policies.count))
     defer { progress.end() }
     var tallies = policies.map { _ in Tally() }
+    var errors: [KVError?] = policies.map { _ in nil }
     var full = Tally()
     for sample in samples {
       progress.advance("full cache")
@@ -86,12 +102,15 @@ package struct Comparison {
       let vocabulary = engine.model.config.vocabularySize
       for (index, policy) in policies.enumerated() {
         progress.advance("text: \(policy.name)")
+        if errors[index] != nil { continue }
         var divergence = MeanAccumulator()
-        try Self.named(policy) { () throws(KVError) in
+        do throws(KVError) {
           try read(sample, policy: policy.policy, into: &tallies[index]) { (logits, step) throws(KVError) in
             let row = Array(reference[step * vocabulary..<(step + 1) * vocabulary])
             divergence.add(try FidelityMetrics.klDivergence(logits: logits, reference: row))
           }
+        } catch {
+          errors[index] = error
         }
         tallies[index].divergence.merge(divergence)
       }
@@ -100,15 +119,23 @@ package struct Comparison {
     var records: [CompareRecord] = []
     for (index, policy) in policies.enumerated() {
       if !needles.isEmpty { progress.advance("needles: \(policy.name)") }
-      let (agnostic, aware) = try Self.named(policy) { () throws(KVError) in try retrieve(policy.policy) }
-      records.append(
-        try record(policy, tallies[index], fullPerplexity: fullPerplexity, needles: agnostic, aware: aware))
+      if errors[index] != nil { continue }
+      do throws(KVError) {
+        let several = try retrieve(policy.policy, needles)
+        let one = try retrieve(policy.policy, single)
+        records.append(try record(policy, tallies[index], fullPerplexity: fullPerplexity, several: several, one: one))
+      } catch {
+        errors[index] = error
+      }
     }
-    return records
+    let failed = zip(policies, errors).compactMap { policy, error in
+      error.map { PolicyFailure(policy: policy.name, error: $0) }
+    }
+    return ComparisonResult(records: records, failures: failures + failed)
   }
 
   private func record(
-    _ policy: NamedPolicy, _ tally: Tally, fullPerplexity: Double, needles: RetrievalScore, aware: RetrievalScore
+    _ policy: NamedPolicy, _ tally: Tally, fullPerplexity: Double, several: Retrieval, one: Retrieval
   ) throws(KVError) -> CompareRecord {
     let perplexity = try FidelityMetrics.perplexity(negativeLogLikelihoods: tally.losses)
     return CompareRecord(
@@ -116,7 +143,9 @@ package struct Comparison {
       ratio: try FidelityMetrics.compressionRatio(
         bytes: tally.bytes, elements: tally.tokens * engine.model.config.shape.elementsPerToken),
       perplexity: perplexity, perplexityChange: perplexity / fullPerplexity - 1, klDivergence: tally.divergence.mean,
-      attentionError: tally.errors.relativeFrobenius, needles: needles, needlesQueryAware: aware,
+      attentionError: tally.errors.relativeFrobenius, needles: several.agnostic,
+      needlesQueryAware: several.aware, oneNeedle: one.agnostic, oneNeedleQueryAware: one.aware,
+      rowsPerHead: tally.rows,
       prefillTokensPerSecond: Double(tally.prefilled) / tally.prefillTime.seconds,
       decodeTokensPerSecond: Double(tally.decoded) / tally.decodeTime.seconds, peakCacheBytes: tally.peak,
       contextTokens: options.context, decodedTokens: tally.decoded)
@@ -130,6 +159,7 @@ package struct Comparison {
     var bytes = 0
     var tokens = 0
     var peak = 0
+    var rows = RowsPerHead()
     var prefilled = 0
     var decoded = 0
     var prefillTime = Duration.zero
@@ -164,6 +194,9 @@ package struct Comparison {
     tally.errors.merge(attention.errors)
     tally.bytes += cache.bytes.total
     tally.tokens += cache.shape.layers.indices.map { cache.tokensSeen(layer: $0) }.max() ?? 0
+    for layer in cache.shape.layers.indices {
+      for head in 0..<cache.shape.layers[layer].kvHeads { tally.rows.add(cache.rowsHeld(layer: layer, head: head)) }
+    }
     tally.peak = max(tally.peak, backend.memory.peakBytes)
   }
 
@@ -177,11 +210,13 @@ package struct Comparison {
 
   // MARK: Needles
 
+  private typealias Retrieval = (agnostic: RetrievalScore, aware: RetrievalScore)
+
   /// Both ways of asking: the cache compressed before the question, and with the question in the prompt.
-  private func retrieve(_ policy: Policy) throws(KVError) -> (agnostic: RetrievalScore, aware: RetrievalScore) {
+  private func retrieve(_ policy: Policy, _ sequences: [NeedleSequence]) throws(KVError) -> Retrieval {
     var agnostic = RetrievalScore()
     var aware = RetrievalScore()
-    for needle in needles {
+    for needle in sequences {
       let backend = try Backend.cpu(threads: options.threads)
       let cache = try KVCache(shape: engine.model.config.shape, policy: policy, backend: backend)
       let session = try InferenceSession(engine.model, attention: CacheAttention(cache))
@@ -212,19 +247,6 @@ package struct Comparison {
       if index + 1 < question.answer.count { logits = try session.decode(token) }
     }
     score.add(right: right, of: question.scored.count)
-  }
-
-  /// Errors say which policy met them.
-  private static func named<Result>(
-    _ policy: NamedPolicy, _ body: () throws(KVError) -> Result
-  ) throws(KVError) -> Result {
-    do throws(KVError) {
-      return try body()
-    } catch {
-      var error = error
-      error.message = "\(policy.name): \(error.message)"
-      throw error
-    }
   }
 }
 

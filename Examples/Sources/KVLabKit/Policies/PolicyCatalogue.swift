@@ -16,13 +16,27 @@ package struct PolicyCatalogue: Sendable {
     var entries: [Entry] = []
     for method in registry.methods {
       // A modifier stands behind something: behind what needs nothing, its own needs show.
-      let text = method.role == .modifier ? "random+\(method.name)" : method.name
+      let text =
+        switch method.role {
+        case .modifier: "random+\(method.name)"
+        case .storeModifier: "pertoken+\(method.name)"
+        default: method.name
+        }
       entries.append(
         Entry(
           method: method, defaults: try method.defaults(),
-          inputs: method.role == .layers ? .none : try registry.policy(text).inputs))
+          inputs: method.role == .layers ? .none : try Self.inputs(text, registry)))
     }
     self.entries = entries
+  }
+
+  /// What a text needs. Methods that send rows to several stores want them named: any will do.
+  private static func inputs(_ text: String, _ registry: PolicyRegistry) throws(KVError) -> RequiredInputs {
+    for stores in 0..<4 {
+      let whole = ([text] + Array(repeating: "f16", count: stores)).joined(separator: "+")
+      if let policy = try? registry.policy(whole) { return policy.inputs }
+    }
+    return try registry.policy(text).inputs
   }
 
   package var text: String {

@@ -1,0 +1,147 @@
+package import KVCompression
+
+/// A family's methods at comparable sizes, made from what is registered: a new method is compared the day it has a row.
+package enum ComparePreset: String, Sendable, CaseIterable {
+  case eviction, quantization, merging, lowrank, all
+
+  /// Parts of the cache that selections keep.
+  package static let defaultRatios = [0.5, 0.25, 0.125, 0.05]
+
+  /// Policy texts, the ones a method refuses among them.
+  package func texts(ratios: [Double] = defaultRatios) -> [String] {
+    switch self {
+    case .eviction: ["f16"] + EvictionMethods.all.flatMap { Self.selection($0, ratios) }
+    case .quantization: ["f16"] + Self.stores
+    case .merging: ["f16"] + MergingMethods.all.flatMap { Self.merging($0, ratios) }
+    case .lowrank: ["f16"] + LowRankMethods.all.flatMap(Self.lowRank)
+    case .all:
+      // The full cache is measured once.
+      ["f16"]
+        + [Self.eviction, .quantization, .merging, .lowrank].flatMap { $0.texts(ratios: ratios).dropFirst() }
+    }
+  }
+
+  /// Keep ratios separated by commas.
+  ///
+  /// - Throws: `invalidOption` for anything but numbers above 0 and up to 1.
+  package static func ratios(_ text: String) throws(KVError) -> [Double] {
+    let ratios = text.split(separator: ",", omittingEmptySubsequences: false).map { Double($0.trimmingBlanks) }
+    guard ratios.allSatisfy({ $0.map { $0 > 0 && $0 <= 1 } ?? false }) else {
+      throw KVError(.invalidOption, "--ratios takes numbers above 0 and up to 1, such as 0.5,0.25; got '\(text)'")
+    }
+    return ratios.compactMap { $0 }
+  }
+
+  // MARK: Families
+
+  private static func selection(_ method: MethodDescription, _ ratios: [Double]) -> [String] {
+    guard method.role == .selection else { return [] }
+    // What bounds the rows is called after what it bounds: rows kept, or rows held before some leave.
+    guard let bound = ["budget", "buffer"].first(where: method.has) else { return [method.name] }
+    return ratios.map { "\(method.name)(\(bound)=\($0))" }
+  }
+
+  private static var stores: [String] {
+    var texts: [String] = []
+    for method in QuantizationMethods.all {
+      switch method.role {
+      case .store where method.has("bits"): texts += [8, 4, 3, 2].map { "\(method.name)(bits=\($0))" }
+      case .store: texts += Self.formats[method.name, default: [""]].map { method.name + $0 }
+      // A transform in front of codes matters where they are coarse.
+      case .storeModifier: texts += [4, 3, 2].map { "pertoken(bits=\($0))+\(method.name)" }
+      case .selection: texts.append(method.name + Self.tiers[method.name, default: ""])
+      case .modifier: texts.append("h2o(budget=1.0)+\(method.name)(shares=[0.2,0.8])+f16+kivi(bits=2)")
+      case .layers: break
+      }
+    }
+    return texts
+  }
+
+  /// Formats of the stores whose bits follow from a name.
+  private static let formats = [
+    "int8": ["", "(format=int4)"], "fp8": ["", "(format=e5m2)"],
+    "ggml": ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"].map { "(keys=\($0),values=\($0))" },
+    "quant": ["(keys=q8_0,values=q4_0)", "(keys=channel,key_bits=4,values=int4)"],
+  ]
+
+  /// Stores of the selections that have none of their own.
+  private static let tiers = ["mikv": "+f16+pertoken(bits=2)+balanced"]
+
+  private static func merging(_ method: MethodDescription, _ ratios: [Double]) -> [String] {
+    switch method.role {
+    case .modifier:
+      ratios.flatMap { ["h2o(budget=\($0))+\(method.name)", "snapkv(budget=\($0),kernel=13)+\(method.name)"] }
+    case .selection where method.has("recent") && method.has("heavy") && !method.has("budget"):
+      ratios.map { "\(method.name)(heavy=\($0 / 2),recent=\($0 / 2))" }
+    case .selection where method.has("recent") && method.has("heavy"):
+      // Rows that stay alone must leave room for runs.
+      ratios.map { "\(method.name)(budget=\($0),heavy=\($0 / 4),recent=\($0 / 4))" }
+    case .selection: selection(method, ratios)
+    default: []
+    }
+  }
+
+  /// A half, a quarter and an eighth of the channels: 2x, 4x and 8x of the prompt. New tokens become latents too.
+  private static func lowRank(_ method: MethodDescription) -> [String] {
+    guard method.role == .store else { return [] }
+    let rows = "new=project,keep=32"
+    var texts = ["0.5", "0.25", "0.125"].map { "\(method.name)(rank_k=\($0),rank_v=\($0),\(rows))" }
+    // The same sizes from codes of twice the rank and a quarter of the bits.
+    texts += ["0.5", "0.25"].map { "\(method.name)(rank_k=\($0),rank_v=\($0),latents=int4,\(rows))" }
+    return texts
+  }
+}
+
+extension MethodDescription {
+  fileprivate func has(_ option: String) -> Bool { options.contains { $0.name == option } }
+}
+
+extension Substring {
+  fileprivate var trimmingBlanks: String { String(self).trimmed }
+}
+
+/// A policy that was not measured, and why.
+package struct PolicyFailure: Sendable, Hashable {
+  package let policy: String
+  package let error: KVError
+
+  package init(policy: String, error: KVError) {
+    self.policy = policy
+    self.error = error
+  }
+
+  package var json: JSONText { .object([.init("policy", .string(policy)), .init("error", .string(line))]) }
+
+  /// The error on one line.
+  package var line: String {
+    error.description.split(whereSeparator: \.isNewline).joined(separator: " ")
+  }
+
+  package static func list(_ failures: [PolicyFailure]) -> String {
+    failures.map { "\($0.policy): \($0.line)" }.joined(separator: "\n")
+  }
+}
+
+/// What a comparison found: a record for each policy that ran, an error for each other.
+package struct ComparisonResult: Sendable {
+  package var records: [CompareRecord]
+  package var failures: [PolicyFailure]
+
+  package var json: JSONText { .array(records.map(\.json) + failures.map(\.json)) }
+}
+
+extension NamedPolicy {
+  /// Texts one by one: those that are no policy, with their errors, beside those that are.
+  package static func attempt(_ texts: [String]) -> (policies: [NamedPolicy], failures: [PolicyFailure]) {
+    var policies: [NamedPolicy] = []
+    var failures: [PolicyFailure] = []
+    for text in texts {
+      do throws(KVError) {
+        policies.append(try NamedPolicy(text))
+      } catch {
+        failures.append(PolicyFailure(policy: text, error: error))
+      }
+    }
+    return (policies, failures)
+  }
+}
