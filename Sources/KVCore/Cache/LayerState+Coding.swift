@@ -88,7 +88,8 @@ extension LayerState {
             from: &reader, on: joint.storage, layer: layer, shape: joint.shape, tokensSeen: seen, backend: backend))
       } else {
         segments.append(
-          try store.factory(layer: layer, of: layerCount).decodeSegment(from: &reader, layer: shape, tokensSeen: seen, backend: backend))
+          try store.factory(layer: layer, of: layerCount).decodeSegment(
+            from: &reader, layer: shape, tokensSeen: seen, backend: backend))
       }
       try reader.finish()
     }

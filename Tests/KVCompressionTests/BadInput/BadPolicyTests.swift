@@ -99,7 +99,8 @@ import Testing
             }
           } catch let error as KVError {
             check(
-              [.invalidOption, .syntax, .unknownName].contains(error.code) && !error.message.isEmpty,
+              [.invalidOption, .syntax, .unknownName, .unsupported, .inputOutput].contains(error.code)
+                && !error.message.isEmpty,
               "\(text): \(error)")
           }
         }

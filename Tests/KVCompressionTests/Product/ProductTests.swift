@@ -19,7 +19,9 @@ import Testing
     if method.options.contains(where: { $0.name == "table" }) { return [] }
     var result: [[String]] = [[]]
     for option in method.options {
-      guard let values = small[option.name], option.name != "window" || method.role != .store else { continue }
+      guard let values = small[option.name], option.name != "window" || method.role != .store,
+        option.name != "scope" || method.role == .store
+      else { continue }
       result = result.flatMap { base in values.map { base + ["\(option.name)=\($0)"] } }
     }
     return result.map { $0.isEmpty ? method.name : "\(method.name)(\($0.joined(separator: ",")))" }
@@ -71,6 +73,14 @@ import Testing
     var turn = 0
     withEvery("selection", in: Self.selections) { text in
       let made = try Self.policy(text, store)
+      // Latents are no rows that others could be merged into; the cache says so.
+      if made.selection.router.merges, made.tiers.contains(where: { $0.factory.merging == nil }) {
+        let shape = try Geometry.all[0].shape(layers: 2, rotary: true)
+        expectError(.unsupported, "merges rows") {
+          _ = try KVCache(shape: shape, policy: made, backend: .cpu(threads: 1))
+        }
+        return
+      }
       withEvery("schedule", in: Self.schedules(made.selection)) { name, schedule in
         let geometry = try Geometry.all[turn % Geometry.all.count].fitting(made)
         turn += 1

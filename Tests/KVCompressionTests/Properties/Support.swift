@@ -130,9 +130,11 @@ struct Geometry: CustomStringConvertible {
   /// The same, or with head sizes that are multiples of 32 where a store of the policy refuses others.
   func fitting(_ policy: Policy) throws -> Geometry {
     let backend = try Backend.cpu(threads: 1)
-    let made = Result { () throws(KVError) in try KVCache(shape: shape(layers: 2), policy: policy, backend: backend) }
-    guard case .failure(let error) = made else { return self }
-    guard error.code == .unsupported, error.message.contains("no multiple") else { throw error }
+    let model = try shape(layers: 2, rotary: true)
+    let made = Result { () throws(KVError) in try KVCache(shape: model, policy: policy, backend: backend) }
+    guard case .failure(let error) = made, error.code == .unsupported, error.message.contains("no multiple") else {
+      return self
+    }
     return Geometry(queryHeads, kvHeads, (keyDim + 31) / 32 * 32, (valueDim + 31) / 32 * 32)
   }
 
