@@ -38,8 +38,12 @@ package enum ComparePreset: String, Sendable, CaseIterable {
     guard method.role == .selection else { return [] }
     // What bounds the rows is called after what it bounds: rows kept, or rows held before some leave.
     guard let bound = ["budget", "buffer"].first(where: method.has) else { return [method.name] }
-    return ratios.map { "\(method.name)(\(bound)=\($0))" }
+    // Those that evict only while decoding, once a window has come, must do so before the last prediction.
+    let more = decodingWindow[method.name].map { ",window=\($0)" } ?? ""
+    return ratios.map { "\(method.name)(\(bound)=\($0)\(more))" }
   }
+
+  private static let decodingWindow = ["lazy": 32]
 
   private static var stores: [String] {
     var texts: [String] = []
