@@ -98,7 +98,10 @@ extension CUDATests {
         for turn in 3..<12 {
           compare(try subject.step(1, seed: UInt64(turn)), try reference.step(1, seed: UInt64(turn)))
         }
-        #expect(subject.cache.bytes == reference.cache.bytes)
+        // Where rows leave, the CPU compacts in place and keeps the column that marks them; both count what they hold.
+        if geometry.slidingWindow == nil, try PolicyRegistry.standard.policy(policy).selection.schedule == .never {
+          #expect(subject.cache.bytes == reference.cache.bytes)
+        }
         #expect(subject.cache.backend.memory.liveBytes == subject.cache.bytes.total)
         for head in 0..<geometry.kvHeads {
           let (a, b) = (try subject.cache.read(layer: 0, head: head), try reference.cache.read(layer: 0, head: head))
