@@ -50,10 +50,7 @@ extension Store {
         of: gap, window: window, body: .affinePerToken(bits: bits, group: wholeRow, metadata: metadata)
       ).scaled(.separable)
     }
-    let bits: [SpecOption] =
-      keyBits == valueBits
-      ? [SpecOption("bits", .integer(keyBits))]
-      : [SpecOption("key_bits", .integer(keyBits)), SpecOption("value_bits", .integer(valueBits))]
+    let bits = CodeBits(keys: keyBits, values: valueBits).specOptions
     return Store(
       spec: StageSpec(
         name: "cst",
@@ -71,23 +68,18 @@ extension Store {
     name: "cst", role: .store,
     summary: "ZipCache's codec: keys per channel of a batch, values per token after a division per channel",
     paper: "arXiv 2405.14256",
-    options: [
-      .init("bits", "bits of a code: 2, 3, 4 or 8"),
-      .init("key_bits", "bits of key codes; default: bits"),
-      .init("value_bits", "bits of value codes; default: bits"),
+    options: CodeBits.options + [
       .init("keys", "channel: a scale per channel of a batch; separable: as values"),
       .init("gap", "new tokens that wait dense and are encoded together"),
       .init("window", "element type of the tokens that wait: f32, f16 or bf16"),
       .init("metadata", "element type of factors, scales and minima: f32, f16 or bf16"),
     ]
   ) { (reader) throws(KVError) in
-    let bits = try reader.int("bits", default: 4, in: 2...8)
-    let keyBits = try reader.optionalInt("key_bits", in: 2...8) ?? bits
-    let valueBits = try reader.optionalInt("value_bits", in: 2...8) ?? bits
+    let bits = try CodeBits(from: &reader, default: 4)
     let keys = try reader.name("keys", default: CSTKeys.channel.rawValue, among: CSTKeys.allCases.map(\.rawValue))
     return .store(
       try .cst(
-        keyBits: keyBits, valueBits: valueBits, keys: CSTKeys(rawValue: keys) ?? .channel,
+        keyBits: bits.keys, valueBits: bits.values, keys: CSTKeys(rawValue: keys) ?? .channel,
         gap: reader.int("gap", default: 100, in: 1...1_048_576),
         window: reader.elementType("window", default: .f16),
         metadata: reader.elementType("metadata", default: .f16)))

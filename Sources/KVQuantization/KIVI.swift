@@ -37,10 +37,7 @@ extension Store {
       throw KVError(
         .invalidOption, "kivi's residual must be a positive multiple of its group of \(group) tokens; got \(residual)")
     }
-    let bits: [SpecOption] =
-      keys.bits == values.bits
-      ? [SpecOption("bits", .integer(keys.bits))]
-      : [SpecOption("key_bits", .integer(keys.bits)), SpecOption("value_bits", .integer(values.bits))]
+    let bits = CodeBits(keys: keys.bits, values: values.bits).specOptions
     return Store(
       spec: StageSpec(
         name: "kivi",
@@ -57,22 +54,17 @@ extension Store {
     name: "kivi", role: .store,
     summary: "keys per channel, values per token, asymmetric codes of 2, 3, 4 or 8 bits, newest tokens dense",
     paper: "arXiv 2402.02750",
-    options: [
-      .init("bits", "bits of a code: 2, 3, 4 or 8"),
-      .init("key_bits", "bits of key codes; default: bits"),
-      .init("value_bits", "bits of value codes; default: bits"),
+    options: CodeBits.options + [
       .init("group", "tokens (keys) or channels (values) that share a scale and minimum"),
       .init("residual", "newest tokens kept dense, a multiple of group"),
       .init("window", "element type of the dense window: f32, f16 or bf16"),
       .init("metadata", "element type of scales and minima: f32, f16 or bf16"),
     ]
   ) { (reader) throws(KVError) in
-    let bits = try reader.int("bits", default: 2, in: 2...8)
-    let keyBits = try reader.optionalInt("key_bits", in: 2...8) ?? bits
-    let valueBits = try reader.optionalInt("value_bits", in: 2...8) ?? bits
+    let bits = try CodeBits(from: &reader, default: 2)
     return .store(
       try .kivi(
-        keyBits: keyBits, valueBits: valueBits, group: reader.int("group", default: 32, in: 32...1024),
+        keyBits: bits.keys, valueBits: bits.values, group: reader.int("group", default: 32, in: 32...1024),
         residual: reader.int("residual", default: 128, in: 32...1_048_576),
         window: reader.elementType("window", default: .f16),
         metadata: reader.elementType("metadata", default: .f16)))

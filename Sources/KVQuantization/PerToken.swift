@@ -31,10 +31,7 @@ extension Store {
       try .newest(window, window: type, body: .affinePerToken(bits: bits, group: group, metadata: metadata))
     }
     let valueBits = valueBits ?? keyBits
-    let bits: [SpecOption] =
-      keyBits == valueBits
-      ? [SpecOption("bits", .integer(keyBits))]
-      : [SpecOption("key_bits", .integer(keyBits)), SpecOption("value_bits", .integer(valueBits))]
+    let bits = CodeBits(keys: keyBits, values: valueBits).specOptions
     return Store(
       spec: StageSpec(
         name: "pertoken",
@@ -49,24 +46,19 @@ extension Store {
   public static let perTokenMethod = MethodDescription(
     name: "pertoken", role: .store,
     summary: "keys and values per token, asymmetric codes of 2, 3, 4 or 8 bits", paper: "arXiv 2402.18096",
-    options: [
-      .init("bits", "bits of a code: 2, 3, 4 or 8"),
-      .init("key_bits", "bits of key codes; default: bits"),
-      .init("value_bits", "bits of value codes; default: bits"),
+    options: CodeBits.options + [
       .init("group", "channels that share a scale and minimum"),
       .init("window", "newest rows that stay dense"),
       .init("type", "element type of these: f32, f16 or bf16"),
       .init("metadata", "element type of scales and minima: f32, f16 or bf16"),
     ]
   ) { (reader) throws(KVError) in
-    let bits = try reader.int("bits", default: 2, in: 2...8)
-    let keyBits = try reader.optionalInt("key_bits", in: 2...8) ?? bits
-    let valueBits = try reader.optionalInt("value_bits", in: 2...8) ?? bits
+    let bits = try CodeBits(from: &reader, default: 2)
     let group = try reader.int("group", default: 64, in: 8...4096)
     let window = try reader.int("window", default: 0, in: 0...1_048_576)
     return .store(
       try .perToken(
-        keyBits: keyBits, valueBits: valueBits, group: group, window: window,
+        keyBits: bits.keys, valueBits: bits.values, group: group, window: window,
         type: reader.elementType("type", default: .f16), metadata: reader.elementType("metadata", default: .f16)))
   }
 }

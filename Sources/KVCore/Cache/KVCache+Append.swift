@@ -27,15 +27,7 @@ extension KVCache {
         "values of \(shape.kvHeads) heads x \(shape.valueDim) channels expected; got \(values.heads) x \(values.dim)",
         layer: layer)
     }
-    guard keys.tokens == values.tokens, keys.tokens >= 1 else {
-      throw KVError(
-        .shapeMismatch,
-        "as many keys as values and at least one token expected; got \(keys.tokens) keys and \(values.tokens) values",
-        layer: layer)
-    }
-    guard keys.tokens <= Int(Int32.max) - state.seen else {
-      throw KVError(.unsupported, "positions beyond \(Int32.max) are not supported", layer: layer)
-    }
+    try checkTokens(keys: keys.tokens, values: values.tokens, state)
     try checkFinite(keys, name: "key", state)
     try checkFinite(values, name: "value", state)
     fillSeed(state)
@@ -44,8 +36,26 @@ extension KVCache {
     } catch {
       throw error.at(layer: layer)
     }
-    state.seen += keys.tokens
-    if state.phase == .decode { state.decodedTokens += keys.tokens }
+    count(keys.tokens, state)
+  }
+
+  /// Refuses token counts that differ, are empty or lead beyond the last position.
+  func checkTokens(keys: Int, values: Int, _ state: LayerState) throws(KVError) {
+    guard keys == values, keys >= 1 else {
+      throw KVError(
+        .shapeMismatch,
+        "as many keys as values and at least one token expected; got \(keys) keys and \(values) values",
+        layer: state.layer)
+    }
+    guard keys <= Int(Int32.max) - state.seen else {
+      throw KVError(.unsupported, "positions beyond \(Int32.max) are not supported", layer: state.layer)
+    }
+  }
+
+  /// Counts tokens whose rows are in.
+  func count(_ tokens: Int, _ state: LayerState) {
+    state.seen += tokens
+    if state.phase == .decode { state.decodedTokens += tokens }
     if state.phase == .prefill { state.outcome = .waiting }
     debugCheck(state)
   }

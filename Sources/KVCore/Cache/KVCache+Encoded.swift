@@ -22,15 +22,7 @@ extension KVCache {
     let shape = state.shape
     try checkEncoded(keys, "keys", dim: shape.keyDim, state)
     try checkEncoded(values, "values", dim: shape.valueDim, state)
-    guard keys.tokens == values.tokens, keys.tokens >= 1 else {
-      throw KVError(
-        .shapeMismatch,
-        "as many keys as values and at least one token expected; got \(keys.tokens) keys and \(values.tokens) values",
-        layer: layer)
-    }
-    guard keys.tokens <= Int(Int32.max) - state.seen else {
-      throw KVError(.unsupported, "positions beyond \(Int32.max) are not supported", layer: layer)
-    }
+    try checkTokens(keys: keys.tokens, values: values.tokens, state)
     guard firstPosition ?? state.seen == state.seen else {
       throw KVError(
         .shapeMismatch, "the next token of this layer has the position \(state.seen); got \(firstPosition ?? 0)",
@@ -47,10 +39,7 @@ extension KVCache {
     } catch {
       throw error.at(layer: layer)
     }
-    state.seen += keys.tokens
-    if state.phase == .decode { state.decodedTokens += keys.tokens }
-    if state.phase == .prefill { state.outcome = .waiting }
-    debugCheck(state)
+    count(keys.tokens, state)
   }
 
   /// The live rows of a head as they are stored, with the encodings that read them.

@@ -55,7 +55,7 @@ public final class KVCache {
   ///   - inputs: what the engine will report; the default is an engine that attends through the cache.
   /// - Throws: `missingInput` when the policy needs what the engine does not supply, `invalidOption` for shapes and
   ///   options that do not fit. Nothing is allocated yet.
-  public init(
+  public convenience init(
     shape: ModelShape, policy: any CompressionPolicy, backend: Backend, attention: AttentionOptions = .init(),
     inputs: EngineInputs = .attendThrough
   ) throws(KVError) {
@@ -63,27 +63,13 @@ public final class KVCache {
     try attention.validate()
     try KVCache.check(policy, shape: shape, inputs: inputs)
     try KVCache.check(policy, backend: backend.operations)
-    groups = try LayerGroup.all(policy, shape: shape)
-    self.shape = shape
-    self.policy = policy
-    self.backend = backend
-    self.attention = attention
-    let needed = policy.inputs
-    observer = needed.observer
-    windowQueries = needed.windowQueries
-    queriesOfPromptsOnly = !needed.queriesWhileDecoding
-    probes = needed.probes
-    queriesWhileDecoding =
-      (needed.queriesWhileDecoding || probes != nil) && policy.schedule.decodeInterval != nil
-    sumsInPlace = needed.observer is AttentionSum
-    inPlace = InPlaceEviction(policy)
-    cachedLayers = shape.layers.count(where: \.cached)
-    engineInputs = inputs
-    layers = shape.layers.enumerated().map { index, layer in
-      LayerState(
-        layer: index, shape: layer,
-        segments: policy.makeSegments(layer: index, shape: shape, backend: backend.operations))
-    }
+    self.init(
+      restoring: shape.layers.enumerated().map { index, layer in
+        LayerState(
+          layer: index, shape: layer,
+          segments: policy.makeSegments(layer: index, shape: shape, backend: backend.operations))
+      }, groups: try LayerGroup.all(policy, shape: shape), shape: shape, policy: policy, backend: backend,
+      attention: attention, inputs: inputs)
   }
 
   package init(
