@@ -45,34 +45,39 @@ let package = Package(
 
     // One module a family of methods.
     .target(name: "KVEviction", dependencies: ["KVCore"], swiftSettings: settings),
-    .target(name: "KVQuantization", dependencies: ["KVCore"], swiftSettings: settings),
+    .target(name: "KVQuantization", dependencies: ["KVCore", "KVTensorFiles"], swiftSettings: settings),
     .target(name: "KVMerging", dependencies: ["KVCore"], swiftSettings: settings),
 
-    .target(name: "KVLowRank", dependencies: ["KVCore"], swiftSettings: settings),
+    .target(name: "KVLowRank", dependencies: ["KVCore", "KVTensorFiles"], swiftSettings: settings),
+
+    // Safetensors, and calibrations in them. No Foundation: policies that name a file are read through it.
+    .target(name: "KVTensorFiles", dependencies: ["KVCore"], swiftSettings: settings),
 
     // The umbrella: registry of policies by name, and everything re-exported.
     .target(
       name: "KVCompression",
       dependencies: [
         "KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization", "KVMerging", "KVLowRank",
+        "KVTensorFiles",
       ],
       swiftSettings: settings),
 
     // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
     .target(
-      name: "KVExperiments", dependencies: ["KVCore"], swiftSettings: settings),
+      name: "KVExperiments", dependencies: ["KVCore", "KVTensorFiles"], swiftSettings: settings),
 
     .testTarget(
       name: "KVCoreTests", dependencies: ["KVCore"], swiftSettings: testSettings),
     .testTarget(
-      name: "KVExperimentsTests", dependencies: ["KVExperiments", "KVCore"], swiftSettings: testSettings),
+      name: "KVExperimentsTests", dependencies: ["KVExperiments", "KVTensorFiles", "KVCore"],
+      swiftSettings: testSettings),
     .target(name: "CAllocationCounter", path: "Tests/CAllocationCounter"),
     .testTarget(
       name: "KVCompressionTests",
       dependencies: [
         "CAllocationCounter",
         "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVLowRank", "KVMerging",
-        "KVExperiments",
+        "KVExperiments", "KVTensorFiles",
         "CKVKernels",
       ],
       exclude: ["Goldens"], swiftSettings: testSettings),

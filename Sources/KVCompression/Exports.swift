@@ -5,3 +5,4 @@
 @_exported public import KVLowRank
 @_exported public import KVMerging
 @_exported public import KVQuantization
+@_exported public import KVTensorFiles

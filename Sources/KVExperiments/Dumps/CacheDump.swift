@@ -1,4 +1,5 @@
 public import KVCore
+public import KVTensorFiles
 
 /// A dump of a cache: some attention layers' keys, values and queries, as `kvlab apply` reads them.
 ///

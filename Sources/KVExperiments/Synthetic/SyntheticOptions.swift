@@ -1,4 +1,5 @@
 internal import KVCore
+internal import KVTensorFiles
 
 /// What a synthetic cache looks like. Logits are in nats, after the scale 1/√dim.
 ///

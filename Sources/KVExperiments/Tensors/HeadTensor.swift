@@ -1,4 +1,5 @@
 public import KVCore
+internal import KVTensorFiles
 
 /// A contiguous f32 block of heads x tokens x channels that owns its memory.
 ///

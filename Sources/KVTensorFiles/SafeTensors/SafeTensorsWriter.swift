@@ -1,5 +1,12 @@
-internal import Foundation
 public import KVCore
+
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
 
 /// Collects tensors and writes them as one safetensors file.
 ///

@@ -60,7 +60,7 @@ extension SafeTensorsType: CustomStringConvertible {
 }
 
 /// Nil where a dimension is negative or the product overflows.
-func elementCount(of shape: [Int]) -> Int? {
+package func elementCount(of shape: [Int]) -> Int? {
   // A zero anywhere makes the product zero, whatever the other dimensions; still refuse negative ones.
   guard shape.allSatisfy({ $0 >= 0 }) else { return nil }
   var count = 1

@@ -2,7 +2,7 @@ internal import KVCore
 
 /// A strict JSON scanner for safetensors headers: UTF-8 only, no duplicate keys, integers only where integers belong,
 /// bounded nesting. Every error names the byte of the file it stopped at.
-struct HeaderScanner {
+package struct HeaderScanner {
   /// A value nobody asked for may nest this deep; nothing in the format nests deeper than three levels.
   static let deepestNesting = 32
   /// Longest excerpt of a header that goes into an error text.
@@ -254,7 +254,7 @@ struct HeaderScanner {
   }
 
   /// A name from a file, short enough for an error text.
-  static func excerpt(_ text: String) -> String {
+  package static func excerpt(_ text: String) -> String {
     text.unicodeScalars.count <= longestExcerpt ? text : String(text.unicodeScalars.prefix(longestExcerpt)) + "…"
   }
 }

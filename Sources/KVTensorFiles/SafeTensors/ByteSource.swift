@@ -1,5 +1,12 @@
-internal import Foundation
 internal import KVCore
+
+#if canImport(Glibc)
+  internal import Glibc
+#elseif canImport(Musl)
+  internal import Musl
+#else
+  internal import Darwin
+#endif
 
 /// The bytes of a file, in memory or on disk. Reads on disk are positioned, so that threads may share one source;
 /// a file that shrinks after opening gives an error, where a mapping would kill the process.
