@@ -115,7 +115,7 @@ package struct RowsWork {
   package var values: Range<Int>
   /// Positions of the rows; nil means `firstPosition + i`.
   package var positions: UnsafePointer<Int32>?
-  package var firstPosition: Int
+  package var firstPosition = 0
   /// Log bias per row; minus infinity hides a row.
   package var bias: UnsafePointer<Float>?
   /// Where the attention each row receives is added (or its maximum kept), over the observed query rows.
@@ -128,6 +128,14 @@ package struct RowsWork {
   package var highest = -1
   /// The slices hold latents, and this is what restores them. Their `dim` is the rank.
   package var lowRank: LowRankRows?
+
+  package init(kvHead: Int, count: Int, keys: Range<Int>, values: Range<Int>, shift: Int) {
+    self.kvHead = kvHead
+    self.count = count
+    self.keys = keys
+    self.values = values
+    self.shift = shift
+  }
 }
 
 /// Column sums over the last queries of a prompt (SnapKV and its kin).

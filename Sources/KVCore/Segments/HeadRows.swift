@@ -2,98 +2,38 @@
 ///
 /// ```
 /// slot        0   1   2   …
-/// positions   0   1   5   …    Int32, implicit while consecutive
-/// bias        0   0  -∞   …    Float, absent while all are 0
-/// observed   .5  .2   0   …    Float, some a slot, absent unless the policy observes attention
-/// count       1   3   1   …    UInt32, tokens a slot stands for, absent while all are 1
+/// columns     positions, log biases, observed attention, counts: `SlotColumns`
 /// keys      ┌ body ┬ tail ┐    split where the key format says
 /// values    ┌ body  ┬ tail┐    split where the value format says
 /// ```
 package struct HeadRows {
   package var keys: RowStore
   package var values: RowStore
-  package var positions = PositionColumn()
-  package var bias: Column<Float>?
-  package var observed: Column<Float>?
-  package var counts: Column<UInt32>?
-  package var dead = 0
+  package var columns = SlotColumns()
 
   package init(keyDim: Int, valueDim: Int, keys: SideFormat, values: SideFormat) {
     self.keys = RowStore(dim: keyDim, format: keys)
     self.values = RowStore(dim: valueDim, format: values)
   }
 
-  package var slots: Int { positions.count }
-  package var live: Int { slots - dead }
+  package var slots: Int { columns.count }
+  package var live: Int { columns.live }
+  package var dead: Int { columns.dead }
 
-  package func isLive(_ slot: Int) -> Bool { bias.map { $0[slot] != -.infinity } ?? true }
-
-  /// Tokens a slot stands for.
-  package func count(_ slot: Int) -> Int { counts.map { Int($0[slot]) } ?? 1 }
-
-  /// Room for `count` more slots in the bias, observed and count columns, which are made when first needed; `observed`
-  /// numbers a slot.
-  package mutating func reserveColumns(
-    _ count: Int, biased: Bool, observed width: Int, counted: Bool = false, backend: any ComputeBackend
-  ) throws(KVError) {
-    if bias != nil {
-      try bias!.reserve(count, backend: backend)
-    } else if biased {
-      bias = try HeadRows.column(of: 0, slots, room: count, backend: backend)
-    }
-    if observed != nil {
-      try observed!.reserve(count, backend: backend)
-    } else if width > 0 {
-      observed = try HeadRows.column(of: 0, width: width, slots, room: count, backend: backend)
-    }
-    if counts != nil {
-      try counts!.reserve(count, backend: backend)
-    } else if counted {
-      counts = try HeadRows.column(of: 1, slots, room: count, backend: backend)
-    }
-  }
-
-  private static func column<Element: BitwiseCopyable>(
-    of value: Element, width: Int = 1, _ count: Int, room: Int, backend: any ComputeBackend
-  ) throws(KVError) -> Column<Element> {
-    var column = Column<Element>(width: width)
-    try column.reserve(count + room, backend: backend)
-    column.append(repeating: value, count: count)
-    return column
-  }
+  package func isLive(_ slot: Int) -> Bool { columns.isLive(slot) }
 
   /// Cuts off the newest slots, which must be in the dense tails.
   package mutating func removeLast(_ count: Int) {
-    for slot in slots - count..<slots where !isLive(slot) { dead -= 1 }
     keys.removeLast(count)
     values.removeLast(count)
-    positions.removeLast(count)
-    bias?.removeLast(count)
-    observed?.removeLast(count)
-    counts?.removeLast(count)
-  }
-
-  /// Memory in which slots can be marked dead.
-  package mutating func prepareDrop(backend: any ComputeBackend) throws(KVError) {
-    if bias == nil {
-      bias = try HeadRows.column(of: 0, slots, room: 0, backend: backend)
-    } else {
-      try bias!.makeUnique(backend: backend)
-    }
+    columns.removeLast(count)
   }
 
   /// Marks slots dead. Everything that can fail happens before the first slot changes.
   package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
     if dropped.isEmpty { return }
-    try prepareDrop(backend: backend)
-    for slot in dropped { drop(slot) }
-  }
-
-  /// Marks a slot dead. Only after `prepareDrop`.
-  package mutating func drop(_ slot: Int) {
-    if bias![slot] == -.infinity { return }
-    bias!.set(slot, -.infinity)
-    dead += 1
+    try columns.prepareDrop(backend: backend)
+    for slot in dropped { columns.drop(slot) }
   }
 
   /// Dead slots worth reclaiming: a few for small heads, at most 64.
@@ -109,17 +49,7 @@ package struct HeadRows {
 
     let kept = (0..<slots).filter { physical[$0] }
     var result = self
-    result.positions = try positions.gathered(kept, backend: backend)
-    result.dead = kept.count - live
-    if let bias {
-      let stillNeeded = kept.contains { bias[$0] != 0 }
-      result.bias = stillNeeded ? try bias.gathered(kept, backend: backend) : nil
-    }
-    if let observed { result.observed = try observed.gathered(kept, backend: backend) }
-    if let counts {
-      let stillNeeded = kept.contains { counts[$0] != 1 }
-      result.counts = stillNeeded ? try counts.gathered(kept, backend: backend) : nil
-    }
+    result.columns = try columns.gathered(kept, backend: backend)
     result.keys = try keys.rebuilt(physical: physical, backend: backend)
     result.values = try values.rebuilt(physical: physical, backend: backend)
     return result
@@ -130,28 +60,13 @@ package struct HeadRows {
   ///
   /// - Returns: false when that is not so; nothing has changed.
   package mutating func compactInPlace(backend: any ComputeBackend) throws(KVError) -> Bool {
-    guard dead > 0, bias != nil, positions.isAscending, keys.movesInPlace(backend),
-      values.movesInPlace(backend)
+    guard dead > 0, columns.positions.isAscending, keys.movesInPlace(backend), values.movesInPlace(backend),
+      !columns.isRoomy
     else { return false }
-    // Memory much larger than what is left is better given back.
-    for capacity in [bias!.capacity, observed?.capacity ?? 0, positions.explicit?.capacity ?? 0]
-    where capacity > Column<Float>.roomiest(live) { return false }
-    try bias!.makeUnique(backend: backend)
-    guard let marks = bias!.base.map({ UnsafePointer($0) }) else { return false }
-    try observed?.makeUnique(backend: backend)
-    try counts?.makeUnique(backend: backend)
-    if positions.explicit == nil {
-      // Consecutive positions with gaps are written down for the first time.
-      positions = try positions.gathered((0..<slots).filter { marks[$0] != -.infinity }, backend: backend)
-    } else {
-      try positions.compact(without: marks, backend: backend)
-    }
-    observed?.compact(without: marks)
-    counts?.compact(without: marks)
+    guard let marks = try columns.beginCompaction(backend: backend) else { return false }
     keys.compact(without: marks, backend: backend)
     values.compact(without: marks, backend: backend)
-    bias!.compact(without: marks)
-    self.dead = 0
+    columns.endCompaction()
     return true
   }
 
@@ -170,39 +85,15 @@ package struct HeadRows {
     }
   }
 
-  private func checkOrder() {
-    var (sortedFrom, highest, maximum) = (0, -1, -1)
-    for slot in 0..<slots {
-      let position = positions[slot]
-      if position <= maximum { (sortedFrom, highest) = (slot + 1, maximum) }
-      maximum = max(maximum, position)
-    }
-    precondition(
-      sortedFrom == positions.sortedFrom && highest == positions.highest && maximum == positions.maximum,
-      "in order from slot \(sortedFrom) on, behind position \(highest); noted are \(positions.sortedFrom) and "
-        + "\(positions.highest)")
-    if positions.isAscending { return }
-    let alive = (0..<slots).filter { isLive($0) }.map { positions[$0] }
-    precondition(Set(alive).count == alive.count, "a live row per position")
-  }
-
   package func tally(into tally: inout ByteTally) {
     keys.tally(into: &tally)
     values.tally(into: &tally)
-    if let buffer = positions.explicit?.buffer { tally.add(buffer, kind: \.index) }
-    if let buffer = bias?.buffer { tally.add(buffer, kind: \.metadata) }
-    if let buffer = observed?.buffer { tally.add(buffer, kind: \.state) }
-    if let buffer = counts?.buffer { tally.add(buffer, kind: \.metadata) }
+    columns.tally(into: &tally)
   }
 
   package func checkInvariants() {
     precondition(keys.rows == slots && values.rows == slots, "keys \(keys.rows), values \(values.rows), slots \(slots)")
-    checkOrder()
-    let counted = (0..<slots).reduce(0) { $0 + (isLive($1) ? 0 : 1) }
-    precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
-    precondition(bias.map { $0.count == slots } ?? true, "one bias per slot")
-    precondition(observed.map { $0.count == slots } ?? true, "observed numbers of every slot")
-    precondition(counts.map { $0.count == slots } ?? true, "one count per slot")
+    columns.checkInvariants()
     precondition(
       keys.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }
         && values.extents.allSatisfy { $0.first + $0.rows <= $0.capacity }, "rows lie inside their extents")

@@ -31,52 +31,20 @@ extension RowFormat {
 
 extension HeadRows {
   fileprivate func encode(to writer: inout ByteWriter, backend: any ComputeBackend) {
-    writer.count(slots)
-    writer.count(dead)
-    positions.encode(to: &writer)
-    writer.bool(bias != nil)
-    bias?.encode(to: &writer)
-    writer.bool(observed != nil)
-    if let observed {
-      writer.count(observed.width)
-      observed.encode(to: &writer)
-    }
+    columns.encode(to: &writer)
     keys.encode(to: &writer, backend: backend)
     values.encode(to: &writer, backend: backend)
-    writer.bool(counts != nil)
-    counts?.encode(to: &writer)
+    columns.encodeCounts(to: &writer)
   }
 
   /// Fills empty rows.
   fileprivate mutating func decode(
     from reader: inout ByteReader, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) {
-    let slots = try reader.count("slots", in: 0...tokensSeen)
-    dead = try reader.count("dead slots", in: 0...slots)
-    positions = try PositionColumn(from: &reader, count: slots, tokensSeen: tokensSeen, backend: backend)
-    var hidden = 0
-    if try reader.bool("whether there are log biases") {
-      bias = try Column<Float>(from: &reader, count: slots, "log biases", backend: backend) { value in
-        if value == -.infinity { hidden += 1 }
-        return value < .infinity
-      }
-    }
-    guard hidden == dead else {
-      throw reader.corrupt("expected \(dead) dead slots, those with a log bias of minus infinity; found \(hidden)")
-    }
-    if try reader.bool("whether there is observed attention") {
-      let width = try reader.count("observed columns", in: 1...AttentionLimits.columns)
-      observed = try Column<Float>(from: &reader, width: width, count: slots, "observed numbers", backend: backend) {
-        $0.isFinite
-      }
-    }
+    columns = try SlotColumns(from: &reader, tokensSeen: tokensSeen, backend: backend)
     keys = try RowStore(from: &reader, slots: slots, like: keys, backend: backend)
     values = try RowStore(from: &reader, slots: slots, like: values, backend: backend)
-    if try reader.bool("whether there are token counts") {
-      counts = try Column<UInt32>(from: &reader, count: slots, "token counts", backend: backend) { count in
-        count >= 1 && count <= tokensSeen
-      }
-    }
+    try columns.decodeCounts(from: &reader, tokensSeen: tokensSeen, backend: backend)
   }
 }
 

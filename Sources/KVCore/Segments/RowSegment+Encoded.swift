@@ -25,8 +25,7 @@ extension RowSegment {
         try withRows(head) { rows throws(KVError) in
           try rows.keys.makeRoom(count, &room.keys, backend: backend)
           try rows.values.makeRoom(count, &room.values, backend: backend)
-          try rows.positions.reserve(next: firstPosition, adding: count, backend: backend)
-          try rows.reserveColumns(count, biased: false, observed: observed.count, backend: backend)
+          try rows.columns.reserve(next: firstPosition, adding: count, observed: observed.count, backend: backend)
         }
         fresh.append(room)
       }
@@ -46,10 +45,7 @@ extension RowSegment {
       withRows(head) { rows in
         rows.keys.commit(room.keys)
         rows.values.commit(room.values)
-        rows.positions.append(next: firstPosition, adding: count)
-        rows.bias?.append(repeating: 0, count: count)
-        rows.observed?.append(planes: observed, count: count)
-        rows.counts?.append(repeating: 1, count: count)
+        rows.columns.append(next: firstPosition, adding: count, observed: observed)
       }
     }
   }
@@ -61,7 +57,7 @@ extension RowSegment {
     let live = slots.map { Int($0) }
     let slices = slices(head: head, slots: live)
     return EncodedContents(
-      positions: live.map { rows.positions[$0] }, keyEncoding: format.keys.settled,
+      positions: live.map { rows.columns.positions[$0] }, keyEncoding: format.keys.settled,
       valueEncoding: format.values.settled,
       keys: try bytes(slices.keys, as: format.keys.settled), values: try bytes(slices.values, as: format.values.settled)
     )

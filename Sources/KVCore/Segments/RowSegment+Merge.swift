@@ -16,7 +16,7 @@ extension RowSegment {
     for (merge, head) in zip(merges, numbers) {
       let biased = merge.slots.contains { $0.logBias != 0 }
       let counted = merge.slots.contains { $0.count != 1 }
-      try heads[head].reserveColumns(0, biased: biased, observed: 0, counted: counted, backend: backend)
+      try heads[head].columns.reserve(0, biased: biased, observed: 0, counted: counted, backend: backend)
       try heads[head].keys.makeWritable(merge.keySlots, backend: backend)
       try heads[head].values.makeWritable(merge.valueSlots, backend: backend)
     }
@@ -25,10 +25,10 @@ extension RowSegment {
       if let run = keys[index] { heads[head].keys.replace(merge.keySlots, with: run, backend: backend) }
       if let run = values[index] { heads[head].values.replace(merge.valueSlots, with: run, backend: backend) }
       for slot in merge.slots {
-        heads[head].bias?.set(slot.slot, slot.logBias)
-        heads[head].counts?.set(slot.slot, UInt32(slot.count))
+        heads[head].columns.bias?.set(slot.slot, slot.logBias)
+        heads[head].columns.counts?.set(slot.slot, UInt32(slot.count))
         for (plane, value) in slot.observed.enumerated() {
-          heads[head].observed?.set(slot.slot, plane: plane, value)
+          heads[head].columns.observed?.set(slot.slot, plane: plane, value)
         }
       }
     }

@@ -35,11 +35,11 @@ package final class RowSegment: Segment {
   func withRows(_ head: Int, _ body: (inout HeadRows) -> Void) { body(&heads[head]) }
   package func slotCount(head: Int) -> Int { heads[head].slots }
   package func liveCount(head: Int) -> Int { heads[head].live }
-  package func position(head: Int, slot: Int) -> Int { heads[head].positions[slot] }
+  package func position(head: Int, slot: Int) -> Int { heads[head].columns.positions[slot] }
   package func isLive(head: Int, slot: Int) -> Bool { heads[head].isLive(slot) }
-  package func sortedFrom(head: Int) -> Int { heads[head].positions.sortedFrom }
-  package func logBias(head: Int, slot: Int) -> Float { heads[head].bias.map { $0[slot] } ?? 0 }
-  package func count(head: Int, slot: Int) -> Int { heads[head].count(slot) }
+  package func sortedFrom(head: Int) -> Int { heads[head].columns.positions.sortedFrom }
+  package func logBias(head: Int, slot: Int) -> Float { heads[head].columns.logBias(slot) }
+  package func count(head: Int, slot: Int) -> Int { heads[head].columns.tokens(slot) }
 
   // MARK: Appending
 
@@ -66,8 +66,7 @@ package final class RowSegment: Segment {
 
   private func reserve(_ count: Int, firstPosition: Int, observed: Int) throws(KVError) {
     for head in heads.indices {
-      try heads[head].positions.reserve(next: firstPosition, adding: count, backend: backend)
-      try heads[head].reserveColumns(count, biased: false, observed: observed, backend: backend)
+      try heads[head].columns.reserve(next: firstPosition, adding: count, observed: observed, backend: backend)
     }
   }
 
@@ -106,10 +105,7 @@ package final class RowSegment: Segment {
       let valueEnd = end(of: count, from: value)
       heads[head].values.commit(targets[value..<valueEnd])
       value = valueEnd
-      heads[head].positions.append(next: firstPosition, adding: count)
-      heads[head].bias?.append(repeating: 0, count: count)
-      heads[head].observed?.append(planes: observed, count: count)
-      heads[head].counts?.append(repeating: 1, count: count)
+      heads[head].columns.append(next: firstPosition, adding: count, observed: observed)
     }
   }
 
@@ -143,17 +139,12 @@ package final class RowSegment: Segment {
   package func absorb(from other: any Segment, slots: [[Int]], observed: Int) throws(KVError) {
     // All memory first, then rows: nothing has changed when it runs out.
     var room = heads.map { _ in (keys: [RunSlice](), values: [RunSlice]()) }
-    let positions = heads.indices.map { head in slots[head].map { other.position(head: head, slot: $0) } }
     do throws(KVError) {
       for head in heads.indices where !slots[head].isEmpty {
         let count = slots[head].count
         try heads[head].keys.reserve(count, backend: backend, into: &room[head].keys)
         try heads[head].values.reserve(count, backend: backend, into: &room[head].values)
-        let biased = slots[head].contains { other.logBias(head: head, slot: $0) != 0 }
-        let counted = slots[head].contains { other.count(head: head, slot: $0) != 1 }
-        try heads[head].reserveColumns(
-          count, biased: biased, observed: observed, counted: counted, backend: backend)
-        try heads[head].positions.reserve(positions[head], backend: backend)
+        try heads[head].columns.reserve(slots[head], of: other, head: head, observed: observed, backend: backend)
       }
     } catch {
       for head in heads.indices {
@@ -166,17 +157,7 @@ package final class RowSegment: Segment {
       let sources = other.slices(head: head, slots: slots[head])
       heads[head].keys.fill(room[head].keys, from: sources.keys, backend: backend)
       heads[head].values.fill(room[head].values, from: sources.values, backend: backend)
-      heads[head].positions.append(positions[head])
-      let source = other.observed(head: head)
-      let first = heads[head].observed?.count ?? 0
-      heads[head].observed?.append(repeating: 0, count: slots[head].count)
-      for (offset, slot) in slots[head].enumerated() {
-        heads[head].bias?.append(other.logBias(head: head, slot: slot))
-        heads[head].counts?.append(UInt32(other.count(head: head, slot: slot)))
-        for plane in 0..<(heads[head].observed?.width ?? 0) {
-          heads[head].observed?.set(first + offset, plane: plane, source.value(column: plane, slot: slot))
-        }
-      }
+      heads[head].columns.append(slots[head], of: other, head: head)
     }
   }
 
@@ -257,7 +238,7 @@ package final class RowSegment: Segment {
   }
 
   package func prepareDrop(_ slots: [[Int]]) throws(KVError) {
-    for head in heads.indices where !slots[head].isEmpty { try heads[head].prepareDrop(backend: backend) }
+    for head in heads.indices where !slots[head].isEmpty { try heads[head].columns.prepareDrop(backend: backend) }
   }
 
   package func drop(_ slots: [[Int]]) throws(KVError) {
@@ -267,10 +248,10 @@ package final class RowSegment: Segment {
   package var dropsInPlace: Bool { true }
 
   package func prepareDrop() throws(KVError) {
-    for head in heads.indices { try heads[head].prepareDrop(backend: backend) }
+    for head in heads.indices { try heads[head].columns.prepareDrop(backend: backend) }
   }
 
-  package func drop(head: Int, slot: Int) { heads[head].drop(slot) }
+  package func drop(head: Int, slot: Int) { heads[head].columns.drop(slot) }
 
   package func reclaimInPlace() throws(KVError) {
     for head in heads.indices where heads[head].dead > 0 {
@@ -290,17 +271,17 @@ package final class RowSegment: Segment {
   package var minimumTruncation: Int {
     heads.reduce(0) { most, head in
       // What is out of order moved here from another tier, which cannot be undone either.
-      let fixed = max(head.keys.bodyRows, head.values.bodyRows, head.positions.sortedFrom)
+      let fixed = max(head.keys.bodyRows, head.values.bodyRows, head.columns.positions.sortedFrom)
       if fixed == 0 { return most }
       let newest =
-        fixed == head.positions.sortedFrom ? head.positions.highest : head.positions[fixed - 1]
+        fixed == head.columns.positions.sortedFrom ? head.columns.positions.highest : head.columns.positions[fixed - 1]
       return max(most, newest + 1)
     }
   }
 
   package func truncate(to position: Int) throws(KVError) {
     for head in heads.indices {
-      let kept = heads[head].positions.lowerBound(position)
+      let kept = heads[head].columns.positions.lowerBound(position)
       let removed = heads[head].slots - kept
       if removed == 0 { continue }
       heads[head].removeLast(removed)
@@ -316,15 +297,11 @@ package final class RowSegment: Segment {
     rows.keys.slices(range, into: &plan.slices)
     let valueStart = plan.slices.count
     rows.values.slices(range, into: &plan.slices)
-    plan.rows.append(
-      RowsWork(
-        kvHead: head, count: range.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
-        positions: rows.positions.explicit?.base.map { UnsafePointer($0) + range.lowerBound },
-        firstPosition: rows.positions.first + range.lowerBound,
-        bias: rows.bias?.base.map { UnsafePointer($0) + range.lowerBound },
-        score: rows.observed?.base.map { $0 + range.lowerBound }, shift: shift,
-        sortedFrom: max(0, min(rows.positions.sortedFrom, range.upperBound) - range.lowerBound),
-        highest: rows.positions.highest))
+    var work = RowsWork(
+      kvHead: head, count: range.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
+      shift: shift)
+    rows.columns.carry(range, to: &work)
+    plan.rows.append(work)
   }
 
   package func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
@@ -347,7 +324,8 @@ package final class RowSegment: Segment {
     let rows = heads[head]
     let store = keys ? rows.keys : rows.values
     let slices = store.slices(0..<store.rows)
-    guard rows.dead == 0, rows.positions.isAscending, slices.count == 1, slices[0].run.encoding.kind == .dense else {
+    guard rows.dead == 0, rows.columns.positions.isAscending, slices.count == 1, slices[0].run.encoding.kind == .dense
+    else {
       return nil
     }
     return slices[0]
@@ -355,43 +333,22 @@ package final class RowSegment: Segment {
 
   // MARK: Observed attention
 
-  package func observed(head: Int) -> ObservedColumns {
-    let rows = heads[head]
-    return ObservedColumns(
-      base: rows.observed?.base, stride: rows.observed?.capacity ?? 0, width: rows.observed?.width ?? 0,
-      count: rows.slots, live: rows.live, bias: rows.dead > 0 ? rows.bias?.base.map { UnsafePointer($0) } : nil,
-      positions: rows.positions.explicit?.base.map { UnsafePointer($0) }, firstPosition: rows.positions.first)
-  }
+  package func observed(head: Int) -> ObservedColumns { heads[head].columns.observedColumns }
 
   package func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>) {
-    let rows = heads[head]
-    guard rows.dead > 0, let bias = rows.bias?.base else {
-      slots.append(contentsOf: 0..<Int32(rows.slots))
-      return
-    }
-    for slot in 0..<rows.slots where bias[slot] != -.infinity { slots.append(Int32(slot)) }
+    heads[head].columns.appendLive(to: &slots)
   }
 
   package func enterLiveSlots(
     head: Int, as segment: Int32, in table: UnsafeMutableBufferPointer<LayerView.RowReference>
   ) {
-    let rows = heads[head]
-    let bias = rows.dead > 0 ? rows.bias?.base : nil
-    let positions = rows.positions.explicit?.base
-    let first = rows.positions.first
-    for slot in 0..<rows.slots {
-      if let bias, bias[slot] == -.infinity { continue }
-      table[positions.map { Int($0[slot]) } ?? first + slot] =
-        LayerView.RowReference(segment: segment, slot: Int32(slot))
-    }
+    heads[head].columns.enterLive(as: segment, in: table)
   }
 
-  package func forgetObserved() { for head in heads.indices { heads[head].observed = nil } }
+  package func forgetObserved() { for head in heads.indices { heads[head].columns.forgetObserved() } }
 
   package func prepareObserved() throws(KVError) {
-    for head in heads.indices where heads[head].observed != nil {
-      try heads[head].observed!.makeUnique(backend: backend)
-    }
+    for head in heads.indices { try heads[head].columns.makeObservedUnique(backend: backend) }
   }
 
   // MARK: Life cycle

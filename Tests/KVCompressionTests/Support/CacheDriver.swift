@@ -109,7 +109,7 @@ struct KernelAttention {
       var column = Column<Float>()
       try column.reserve(bias[head].count, backend: backend.operations)
       for value in bias[head] { column.append(value) }
-      heads[head].bias = column
+      heads[head].columns.bias = column
     }
     return RowSegment(restoring: heads, layer: layer, format: format, backend: backend.operations)
   }

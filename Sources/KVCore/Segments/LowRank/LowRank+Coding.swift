@@ -116,58 +116,9 @@ extension LowRankSegment {
     for (column, latents) in zip(columns, frozen) {
       writer.count(latents)
       column.encode(to: &writer)
+      column.encodeCounts(to: &writer)
     }
     window.encode(to: &writer)
-  }
-}
-
-extension LatentColumns {
-  fileprivate func encode(to writer: inout ByteWriter) {
-    writer.count(count)
-    writer.count(dead)
-    positions.encode(to: &writer)
-    writer.bool(bias != nil)
-    bias?.encode(to: &writer)
-    writer.bool(observed != nil)
-    if let observed {
-      writer.count(observed.width)
-      observed.encode(to: &writer)
-    }
-    writer.bool(counts != nil)
-    counts?.encode(to: &writer)
-  }
-
-  fileprivate init(
-    from reader: inout ByteReader, tokensSeen: Int, backend: any ComputeBackend
-  ) throws(KVError) {
-    let slots = try reader.count("slots", in: 0...tokensSeen)
-    let dead = try reader.count("dead slots", in: 0...slots)
-    let positions = try PositionColumn(from: &reader, count: slots, tokensSeen: tokensSeen, backend: backend)
-    var hidden = 0
-    var bias: Column<Float>?
-    if try reader.bool("whether there are log biases") {
-      bias = try Column<Float>(from: &reader, count: slots, "log biases", backend: backend) { value in
-        if value == -.infinity { hidden += 1 }
-        return value < .infinity
-      }
-    }
-    guard hidden == dead else {
-      throw reader.corrupt("expected \(dead) dead slots, those with a log bias of minus infinity; found \(hidden)")
-    }
-    var observed: Column<Float>?
-    if try reader.bool("whether there is observed attention") {
-      let width = try reader.count("observed columns", in: 1...AttentionLimits.columns)
-      observed = try Column<Float>(from: &reader, width: width, count: slots, "observed numbers", backend: backend) {
-        $0.isFinite
-      }
-    }
-    var counts: Column<UInt32>?
-    if try reader.bool("whether there are counts") {
-      counts = try Column<UInt32>(from: &reader, count: slots, "token counts", backend: backend) {
-        $0 >= 1 && $0 <= tokensSeen
-      }
-    }
-    self.init(restoring: positions, bias: bias, observed: observed, counts: counts, dead: dead)
   }
 }
 
@@ -199,7 +150,7 @@ extension LowRankFormat {
     guard count == storage.shape.kvHeads else {
       throw reader.corrupt("expected all \(storage.shape.kvHeads) KV heads; found \(count)")
     }
-    var columns: [LatentColumns] = []
+    var columns: [SlotColumns] = []
     var frozen: [Int] = []
     for head in 0..<count {
       let (keys, values) =
@@ -218,7 +169,9 @@ extension LowRankFormat {
           throw reader.corrupt("expected the \(keys) latents of the group; found \(latents)")
         }
         frozen.append(latents)
-        columns.append(try LatentColumns(from: &reader, tokensSeen: tokensSeen, backend: backend))
+        var own = try SlotColumns(from: &reader, tokensSeen: tokensSeen, backend: backend)
+        try own.decodeCounts(from: &reader, tokensSeen: tokensSeen, backend: backend)
+        columns.append(own)
       } catch {
         throw error.at(head: head)
       }
@@ -228,7 +181,8 @@ extension LowRankFormat {
     guard let window = window as? RowSegment else { throw reader.corrupt("expected a dense window") }
     for head in 0..<count {
       let dense = columns[head].count - frozen[head]
-      guard window.slotCount(head: head) == dense, window.heads[head].dead == 0, window.heads[head].bias == nil else {
+      guard window.slotCount(head: head) == dense, window.heads[head].dead == 0, window.heads[head].columns.bias == nil
+      else {
         throw reader.corrupt("expected \(dense) dense rows; found \(window.slotCount(head: head))").at(head: head)
       }
     }

@@ -4,7 +4,7 @@ package final class LowRankSegment: JointSegment {
   /// Which layer of the group this is.
   package let member: Int
   /// Per KV head, what every slot carries.
-  package private(set) var columns: [LatentColumns]
+  package private(set) var columns: [SlotColumns]
   /// Per KV head, the slots that are latents: the first ones.
   package private(set) var frozen: [Int]
   /// The other slots' rows. Its own biases and counts are absent: those above count.
@@ -18,14 +18,14 @@ package final class LowRankSegment: JointSegment {
     self.member = member
     guard let window = plain.fork() as? RowSegment else { preconditionFailure("a fork of rows is rows") }
     try window.reclaim(eager: true)
-    columns = window.heads.map { LatentColumns(of: $0) }
+    columns = window.heads.map(\.columns)
     frozen = Array(repeating: 0, count: window.kvHeads)
     self.window = window
     LowRankSegment.clear(window)
   }
 
   package init(
-    storage: LowRankStorage, member: Int, columns: [LatentColumns], frozen: [Int], window: RowSegment
+    storage: LowRankStorage, member: Int, columns: [SlotColumns], frozen: [Int], window: RowSegment
   ) {
     lowRank = storage
     self.member = member
@@ -34,7 +34,7 @@ package final class LowRankSegment: JointSegment {
     self.window = window
   }
 
-  package func replace(columns: [LatentColumns], frozen: [Int], window: RowSegment) {
+  package func replace(columns: [SlotColumns], frozen: [Int], window: RowSegment) {
     self.columns = columns
     self.frozen = frozen
     self.window = window
@@ -43,10 +43,9 @@ package final class LowRankSegment: JointSegment {
   /// Takes the columns off the rows of a window that carries none of its own.
   static func clear(_ window: RowSegment) {
     for head in 0..<window.kvHeads {
-      window.heads[head].bias = nil
-      window.heads[head].observed = nil
-      window.heads[head].counts = nil
-      window.heads[head].dead = 0
+      let positions = window.heads[head].columns.positions
+      window.heads[head].columns = SlotColumns()
+      window.heads[head].columns.positions = positions
     }
   }
 
@@ -57,8 +56,8 @@ package final class LowRankSegment: JointSegment {
   package func liveCount(head: Int) -> Int { columns[head].live }
   package func position(head: Int, slot: Int) -> Int { columns[head].positions[slot] }
   package func isLive(head: Int, slot: Int) -> Bool { columns[head].isLive(slot) }
-  package func logBias(head: Int, slot: Int) -> Float { columns[head].bias?[slot] ?? 0 }
-  package func count(head: Int, slot: Int) -> Int { columns[head].counts.map { Int($0[slot]) } ?? 1 }
+  package func logBias(head: Int, slot: Int) -> Float { columns[head].logBias(slot) }
+  package func count(head: Int, slot: Int) -> Int { columns[head].tokens(slot) }
   package func sortedFrom(head: Int) -> Int { columns[head].positions.sortedFrom }
 
   // MARK: Adding and removing
@@ -67,8 +66,8 @@ package final class LowRankSegment: JointSegment {
     keys: borrowing TensorView, values: borrowing TensorView, firstPosition: Int, observed: [Float]
   ) throws(KVError) {
     for head in columns.indices {
-      try columns[head].reserve(next: firstPosition, adding: keys.tokens, backend: backend)
-      try columns[head].reserve(keys.tokens, observed: observed.count, backend: backend)
+      try columns[head].reserve(
+        next: firstPosition, adding: keys.tokens, observed: observed.count, backend: backend)
     }
     try window.append(keys: keys, values: values, firstPosition: firstPosition, observed: [])
     for head in columns.indices {
@@ -139,20 +138,12 @@ package final class LowRankSegment: JointSegment {
   }
 
   package func absorb(from other: any Segment, slots: [[Int]], observed: Int) throws(KVError) {
-    for head in columns.indices where !slots[head].isEmpty {
-      let positions = slots[head].map { other.position(head: head, slot: $0) }
-      try columns[head].reserve(positions, backend: backend)
-      try columns[head].reserve(
-        positions.count, biased: slots[head].contains { other.logBias(head: head, slot: $0) != 0 },
-        observed: observed, counted: slots[head].contains { other.count(head: head, slot: $0) != 1 },
-        backend: backend)
+    for head in columns.indices {
+      try columns[head].reserve(slots[head], of: other, head: head, observed: observed, backend: backend)
     }
     try window.absorb(from: other, slots: slots, observed: 0)
     LowRankSegment.clear(window)
-    for head in columns.indices {
-      let source = other.observed(head: head)
-      for slot in slots[head] { columns[head].append(slot: slot, of: other, head: head, observed: source) }
-    }
+    for head in columns.indices { columns[head].append(slots[head], of: other, head: head) }
   }
 
   package func retract(_ counts: [Int]) {
@@ -185,14 +176,6 @@ package final class LowRankSegment: JointSegment {
   package func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan) {
     let own = range.clamped(to: 0..<frozen[head])
     let column = columns[head]
-    func carry(_ work: inout RowsWork, _ slots: Range<Int>) {
-      work.positions = column.positions.explicit?.base.map { UnsafePointer($0) + slots.lowerBound }
-      work.firstPosition = column.positions.first + slots.lowerBound
-      work.bias = column.bias?.base.map { UnsafePointer($0) + slots.lowerBound }
-      work.score = column.observed?.base.map { $0 + slots.lowerBound }
-      work.sortedFrom = max(0, min(column.positions.sortedFrom, slots.upperBound) - slots.lowerBound)
-      work.highest = column.positions.highest
-    }
     if !own.isEmpty, let sides = lowRank.sides {
       let place = lowRank.place(member: member, head: head)
       let keyStart = plan.slices.count
@@ -201,8 +184,8 @@ package final class LowRankSegment: JointSegment {
       lowRank.store(sides.values, member: member, head: head).slices(own, into: &plan.slices)
       var work = RowsWork(
         kvHead: head, count: own.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
-        positions: nil, firstPosition: 0, bias: nil, score: nil, shift: shift)
-      carry(&work, own)
+        shift: shift)
+      column.carry(own, to: &work)
       work.lowRank = LowRankRows(
         keyBasis: sides.keys.basis?.run(unit: place.unit, head: place.block),
         valueBasis: sides.values.basis?.run(unit: place.unit, head: place.block),
@@ -215,7 +198,7 @@ package final class LowRankSegment: JointSegment {
     if rest.isEmpty { return }
     window.describe(
       head: head, range: rest.lowerBound - frozen[head]..<rest.upperBound - frozen[head], shift: shift, in: plan)
-    carry(&plan.rows[plan.rows.count - 1], rest)
+    column.carry(rest, to: &plan.rows[plan.rows.count - 1])
   }
 
   package func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {
@@ -264,13 +247,7 @@ package final class LowRankSegment: JointSegment {
 
   // MARK: Observed attention
 
-  package func observed(head: Int) -> ObservedColumns {
-    let own = columns[head]
-    return ObservedColumns(
-      base: own.observed?.base, stride: own.observed?.capacity ?? 0, width: own.observed?.width ?? 0,
-      count: own.count, live: own.live, bias: own.dead > 0 ? own.bias?.base.map { UnsafePointer($0) } : nil,
-      positions: own.positions.explicit?.base.map { UnsafePointer($0) }, firstPosition: own.positions.first)
-  }
+  package func observed(head: Int) -> ObservedColumns { columns[head].observedColumns }
 
   package func forgetObserved() { for head in columns.indices { columns[head].forgetObserved() } }
 
@@ -279,16 +256,13 @@ package final class LowRankSegment: JointSegment {
   }
 
   package func appendLiveSlots(head: Int, to slots: inout ContiguousArray<Int32>) {
-    for slot in 0..<columns[head].count where columns[head].isLive(slot) { slots.append(Int32(slot)) }
+    columns[head].appendLive(to: &slots)
   }
 
   package func enterLiveSlots(
     head: Int, as segment: Int32, in table: UnsafeMutableBufferPointer<LayerView.RowReference>
   ) {
-    let positions = columns[head].positions
-    for slot in 0..<columns[head].count where columns[head].isLive(slot) {
-      table[positions[slot]] = LayerView.RowReference(segment: segment, slot: Int32(slot))
-    }
+    columns[head].enterLive(as: segment, in: table)
   }
 
   // MARK: Life cycle

@@ -201,8 +201,8 @@ package final class LowRankStorage: JointStorage {
         let held = windows[member].heads[head]
         return RowMatrix.Columns(
           slices: (isKey ? held.keys : held.values).slices(0..<rows), dim: dim(isKey: isKey),
-          positions: held.positions.explicit.map { column in column.withSpan { Array($0[..<rows]) } },
-          firstPosition: held.positions.first, rotary: isKey ? rotary : nil,
+          positions: held.columns.positions.explicit.map { column in column.withSpan { Array($0[..<rows]) } },
+          firstPosition: held.columns.positions.first, rotary: isKey ? rotary : nil,
           scale: scales.isEmpty ? 1 : scales[member])
       })
   }
