@@ -110,6 +110,16 @@ struct RowAttention {
     keptOffset: Int = 0
   ) {
     if let lowRank = work.lowRank, let latent {
+      if lowRank.keyChannels != nil {
+        withUnsafeTemporaryAllocation(of: JoinedMember.self, capacity: 1) { members in
+          members.initializeElement(
+            at: 0,
+            to: JoinedMember(work: work, queries: queries, partial: partial, kept: kept, keptOffset: keptOffset))
+          addJoined(members, range, latent)
+          members.deinitializeElement(at: 0)
+        }
+        return
+      }
       addLatents(work, lowRank, latent, range, queries, partial, kept, keptOffset)
       return
     }
@@ -128,9 +138,10 @@ struct RowAttention {
     }
   }
 
-  private func addBlock(
+  /// - Parameter formed: logits of the block, `blockRows` floats a query row; nil: not formed yet.
+  func addBlock(
     _ work: RowsWork, _ block: Range<Int>, _ queries: QueryBlock, _ partial: PartialBlock, _ kept: KeptWeights?,
-    _ keptOffset: Int
+    _ keptOffset: Int, formed: UnsafePointer<Float>? = nil
   ) {
     let m = queries.rows
     let visible = visibleRows(work, queries, block)
@@ -144,7 +155,11 @@ struct RowAttention {
     }
     if visible.isEmpty { return }
     let offset = visible.lowerBound - block.lowerBound
-    if let tile {
+    if let formed {
+      for row in 0..<m {
+        (target + offset + row * stride).update(from: formed + row * blockRows + offset, count: visible.count)
+      }
+    } else if let tile {
       formRotated(work, tile, visible, queries, into: target + offset, stride: stride)
     } else {
       form(work.keys, visible, queries, into: target + offset, stride: stride)

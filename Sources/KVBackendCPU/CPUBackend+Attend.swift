@@ -43,6 +43,10 @@ extension CPUBackend {
     var keptMaxima: Int
     var keptStride: Int
     var keptOffset: Int
+    /// The piece of another head that reads the same rows, after this one; -1: none.
+    var sibling = -1
+    /// Whether an earlier piece does this one's work.
+    var isLed = false
 
     var range: Range<Int> { first..<end }
   }
@@ -74,6 +78,7 @@ extension CPUBackend {
           + LatentSpace.floats(plan, sequence))
       addPieces(of: index, plan, to: pieces, filled: &filled, layout: &layout)
     }
+    linkSiblings(pieces, count: filled, plan)
     let workers = min(threads, max(filled, 1))
     let scratch = layout.take(workers * scratchFloats)
     let memory = plan.workspace.floats(layout.total)
@@ -88,7 +93,13 @@ extension CPUBackend {
       guard let base = slices.baseAddress else { return }
       let view = AttentionPlanView(slices: base)
       parallel(filled) { worker, item in
-        addPiece(pieces[item], plan, view, memory, scratch: memory + scratch + worker * scratchFloats)
+        let own = memory + scratch + worker * scratchFloats
+        if pieces[item].isLed { return }
+        if pieces[item].sibling < 0 {
+          addPiece(pieces[item], plan, view, memory, scratch: own)
+        } else {
+          addPieces(from: item, pieces, plan, view, memory, scratch: own)
+        }
       }
     }
     var start = 0
@@ -145,6 +156,71 @@ extension CPUBackend {
     }
   }
 
+  /// Joins pieces of several heads over keys that lie side by side: they are decoded for all of them at once.
+  private func linkSiblings(_ pieces: UnsafeMutableBufferPointer<Piece>, count: Int, _ plan: AttentionPlan) {
+    for index in 0..<count where !pieces[index].isLed {
+      guard plan.rows[pieces[index].work].lowRank?.keyChannels != nil else { continue }
+      var last = index
+      for other in index + 1..<max(count, index + 1) where sharesRows(pieces[index], pieces[other], plan) {
+        pieces[last].sibling = other
+        pieces[other].isLed = true
+        last = other
+      }
+    }
+  }
+
+  private func sharesRows(_ a: Piece, _ b: Piece, _ plan: AttentionPlan) -> Bool {
+    guard a.sequence == b.sequence, a.first == b.first, a.end == b.end else { return false }
+    let (one, other) = (plan.rows[a.work], plan.rows[b.work])
+    guard one.kvHead != other.kvHead, other.lowRank?.keyChannels != nil, one.count == other.count,
+      let first = one.keys.first, let second = other.keys.first
+    else { return false }
+    return plan.slices[first].run.base == plan.slices[second].run.base
+      && plan.slices[first].first == plan.slices[second].first
+  }
+
+  /// The work of linked pieces.
+  private func addPieces(
+    from index: Int, _ pieces: UnsafeMutableBufferPointer<Piece>, _ plan: AttentionPlan, _ view: AttentionPlanView,
+    _ memory: UnsafeMutablePointer<Float>, scratch: UnsafeMutablePointer<Float>
+  ) {
+    let sequence = plan.sequences[pieces[index].sequence]
+    let m = sequence.tokens * sequence.group
+    let attention = rowAttention(sequence, view, rows: m, scratch: scratch)
+    guard let space = attention.latent else { return }
+    withUnsafeTemporaryAllocation(of: JoinedMember.self, capacity: sequence.kvHeads) { members in
+      var count = 0
+      var next = index
+      while next >= 0 {
+        let piece = pieces[next]
+        let partial = PartialBlock(at: memory + piece.partial, rows: m)
+        partial.clear(rows: m, valueDim: sequence.valueDim)
+        members.initializeElement(
+          at: count,
+          to: JoinedMember(
+            work: plan.rows[piece.work], queries: queries(of: piece, sequence, memory), partial: partial,
+            kept: kept(of: piece, memory), keptOffset: piece.keptOffset))
+        count += 1
+        next = piece.sibling
+      }
+      attention.addJoined(UnsafeMutableBufferPointer(rebasing: members[..<count]), pieces[index].range, space)
+      for member in 0..<count { members.deinitializeElement(at: member) }
+    }
+  }
+
+  private func queries(
+    of piece: Piece, _ sequence: SequenceWork, _ memory: UnsafeMutablePointer<Float>
+  ) -> QueryBlock {
+    QueryBlock(
+      base: memory + piece.queries, tokens: sequence.tokens, group: sequence.group,
+      firstPosition: sequence.firstPosition)
+  }
+
+  private func kept(of piece: Piece, _ memory: UnsafeMutablePointer<Float>) -> KeptWeights? {
+    piece.kept < 0
+      ? nil : KeptWeights(base: memory + piece.kept, stride: piece.keptStride, maxima: memory + piece.keptMaxima)
+  }
+
   static func padded(_ rows: Int) -> Int { (rows + blockRows - 1) / blockRows * blockRows }
 
   private func addPiece(
@@ -156,15 +232,9 @@ extension CPUBackend {
     let attention = rowAttention(sequence, view, rows: m, scratch: scratch)
     let partial = PartialBlock(at: memory + piece.partial, rows: m)
     partial.clear(rows: m, valueDim: sequence.valueDim)
-    let kept =
-      piece.kept < 0
-      ? nil
-      : KeptWeights(base: memory + piece.kept, stride: piece.keptStride, maxima: memory + piece.keptMaxima)
     attention.add(
-      plan.rows[piece.work], range: piece.range,
-      queries: QueryBlock(
-        base: memory + piece.queries, tokens: sequence.tokens, group: sequence.group,
-        firstPosition: sequence.firstPosition), to: partial, kept: kept, keptOffset: piece.keptOffset)
+      plan.rows[piece.work], range: piece.range, queries: queries(of: piece, sequence, memory), to: partial,
+      kept: kept(of: piece, memory), keptOffset: piece.keptOffset)
   }
 
   func rowAttention(

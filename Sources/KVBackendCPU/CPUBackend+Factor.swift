@@ -83,15 +83,18 @@ extension CPUBackend {
 
   private func project(_ projection: Projection, _ reader: RowReader, _ rows: Range<Int>) -> ProjectionResult {
     let width = reader.width
-    let rank = width == 0 ? 0 : projection.encoder.count / width
+    let rank = width == 0 ? 0 : projection.encoder.map { $0.count / width } ?? width
     var result = ProjectionResult()
     withUnsafeTemporaryAllocation(of: Float.self, capacity: rows.count * (width + rank)) { buffer in
       guard let x = buffer.baseAddress else { return }
-      let latents = x + rows.count * width
       reader.load(rows, into: x, isParallel: false)
-      SerialBLAS.multiply(
-        x, width, transposed: false, projection.encoder, width, transposed: true, m: rows.count, n: rank, k: width,
-        into: latents, rank)
+      var latents = x
+      if let encoder = projection.encoder {
+        latents = x + rows.count * width
+        SerialBLAS.multiply(
+          x, width, transposed: false, encoder, width, transposed: true, m: rows.count, n: rank, k: width,
+          into: latents, rank)
+      }
       for i in 0..<rows.count * width { result.energy += Double(x[i]) * Double(x[i]) }
       for i in 0..<rows.count * rank {
         result.kept += Double(latents[i]) * Double(latents[i])
@@ -141,6 +144,31 @@ extension CPUBackend {
     }
     guard let positions, let rotary else { return }
     offsets(of: rotary).turn(destination, stride: dim, count: positions.count, back: false, kernels) {
+      Int(positions[$0])
+    }
+  }
+
+  package func restore(
+    _ rows: [RunSlice], channels: Range<Int>, positions: [Int32], rotary: RotaryEmbedding,
+    into destination: UnsafeMutablePointer<Float>
+  ) {
+    let chunk = RowReader.chunk
+    var next = destination
+    for slice in rows {
+      let width = slice.run.dim
+      withUnsafeTemporaryAllocation(of: Float.self, capacity: min(chunk, slice.count) * width) { buffer in
+        guard let base = buffer.baseAddress else { return }
+        for first in stride(from: 0, to: slice.count, by: chunk) {
+          let count = min(chunk, slice.count - first)
+          read(RunSlice(run: slice.run, first: slice.first + first, count: count), into: base, stride: width)
+          for row in 0..<count {
+            next.update(from: base + row * width + channels.lowerBound, count: channels.count)
+            next += channels.count
+          }
+        }
+      }
+    }
+    offsets(of: rotary).turn(destination, stride: channels.count, count: positions.count, back: false, kernels) {
       Int(positions[$0])
     }
   }

@@ -274,6 +274,13 @@ extension CPUBackend {
       ckv_encode_codes(
         rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.bits), data.assumingMemoryBound(to: UInt32.self))
     case .affinePerToken:
+      if let zero = encoding.zeroPoint {
+        ckv_encode_zero_row(
+          rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), Float(zero.clip),
+          zero.steps(bits: encoding.bits), type, data.assumingMemoryBound(to: UInt32.self), target.scales + metadata,
+          target.minima + metadata)
+        return
+      }
       kernels.pointee.encode_row!(
         rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
         data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)

@@ -45,7 +45,8 @@ extension CPUBackend {
     let planes = request.columnPlanes
     let columns = layout.take(planes * group * padded)
     let scratch = layout.take(RowAttention.floats(rows: m, keyDim: request.keyDim, valueDim: 0))
-    let latents = layout.take(LatentSpace.floats(request.heads[work], rows: m, keyDim: request.keyDim, valueDim: 0))
+    let latents = layout.take(
+      LatentSpace.floats(request.heads[work], request.slices, rows: m, keyDim: request.keyDim, valueDim: 0))
     let workspace = Workspace()
     let memory = workspace.floats(layout.total)
     (memory + columns).update(repeating: 0, count: planes * group * padded)

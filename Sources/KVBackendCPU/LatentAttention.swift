@@ -19,19 +19,31 @@ struct LatentSpace {
   static func floats(_ plan: AttentionPlan, _ sequence: SequenceWork, rows: Int? = nil) -> Int {
     var most = 0
     for index in sequence.work {
-      guard let lowRank = plan.rows[index].lowRank else { continue }
-      most = max(
-        most,
-        floats(
-          lowRank, rows: rows ?? sequence.tokens * sequence.group, keyDim: sequence.keyDim,
-          valueDim: sequence.valueDim))
+      let work = plan.rows[index]
+      guard let lowRank = work.lowRank else { continue }
+      let m = rows ?? sequence.tokens * sequence.group
+      if lowRank.keyChannels != nil, let slice = work.keys.first {
+        // Few queries serve all heads in one piece of work.
+        most = max(
+          most,
+          joinedFloats(
+            width: plan.slices[slice].run.dim, rows: m, keyDim: sequence.keyDim,
+            members: rows == nil ? sequence.kvHeads : 1))
+      } else {
+        most = max(most, floats(lowRank, rows: m, keyDim: sequence.keyDim, valueDim: sequence.valueDim))
+      }
     }
     return most
   }
 
-  static func floats(_ work: ArraySlice<RowsWork>, rows: Int, keyDim: Int, valueDim: Int) -> Int {
+  static func floats(
+    _ work: ArraySlice<RowsWork>, _ slices: [RunSlice], rows: Int, keyDim: Int, valueDim: Int
+  ) -> Int {
     work.reduce(0) { most, item in
-      item.lowRank.map { max(most, floats($0, rows: rows, keyDim: keyDim, valueDim: valueDim)) } ?? most
+      if item.lowRank?.keyChannels != nil, let slice = item.keys.first {
+        return max(most, joinedFloats(width: slices[slice].run.dim, rows: rows, keyDim: keyDim, members: 1))
+      }
+      return item.lowRank.map { max(most, floats($0, rows: rows, keyDim: keyDim, valueDim: valueDim)) } ?? most
     }
   }
 

@@ -84,7 +84,7 @@ package final class CUDABackend: ComputeBackend {
 
   package func require(_ format: SideFormat) throws(KVError) {
     let known: [RowEncoding.Kind] = [.dense, .affinePerChannel, .affinePerToken]
-    if let body = format.body, !known.contains(body.kind) || format.map != .none {
+    if let body = format.body, !known.contains(body.kind) || body.zeroPoint != nil || format.map != .none {
       throw KVError(
         .unsupported,
         "the CUDA backend has no kernels for \(body)\(format.map == .none ? "" : " behind a rotation or factors"); use "

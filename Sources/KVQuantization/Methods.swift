@@ -4,7 +4,8 @@ public import KVCore
 public enum QuantizationMethods {
   public static let all: [MethodDescription] = [
     Store.kiviMethod, Store.cstMethod, Store.perTokenMethod, Store.int8Method, Store.fp8Method, Store.ggmlMethod,
-    Store.quantMethod, Store.rotatedMethod, Store.balancedMethod, Selection.tiersMethod, Selection.zipCacheMethod,
+    Store.quantMethod, Store.rotateKVMethod, Store.rotatedMethod, Store.balancedMethod, Selection.tiersMethod,
+    Selection.zipCacheMethod,
     Selection.miKVMethod,
   ]
 }

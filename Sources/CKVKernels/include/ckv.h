@@ -280,6 +280,13 @@ void ckv_map_rows(const ckv_kernels *k, const ckv_map *map, float *rows, size_t 
 /* Rounds values to codes 0 ... 2^bits - 1, nearest even, clamped; the layout of CKV_CODES_ROW. */
 void ckv_encode_codes(const float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t bits, uint32_t *codes);
 
+/* Rows in the layout of CKV_AFFINE_ROW around integer zero points. Per row and group of channels, mn = clip * min x,
+ * mx = clip * max x: s = (mx - mn) / steps rounded to meta_type, z = rne(-mn / s),
+ * code = clamp(rne(x / s) + z, 0, 2^bits - 1), and -s z is what is stored as the min. `steps` is 2^bits - 1 but for the
+ * authors of RotateKV. Where s is 0: codes 0, min x. */
+void ckv_encode_zero_row(const float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t group, uint32_t bits,
+                         float clip, float steps, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
+
 /* Smallest and largest value of every channel. low and high hold a range already, infinities at first. */
 void ckv_channel_range(const float *rows, size_t stride, uint32_t count, uint32_t dim, float *low, float *high);
 

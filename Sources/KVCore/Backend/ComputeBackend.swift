@@ -110,6 +110,11 @@ package protocol ComputeBackend: AnyObject, Sendable {
   func restore(
     _ latents: [RunSlice], basis: RowRun, mean: UnsafePointer<Float>?, positions: [Int32]?,
     rotary: RotaryEmbedding?, into destination: UnsafeMutablePointer<Float>)
+
+  /// Some channels of rows, f32, close together, turned to the positions.
+  func restore(
+    _ rows: [RunSlice], channels: Range<Int>, positions: [Int32], rotary: RotaryEmbedding,
+    into destination: UnsafeMutablePointer<Float>)
 }
 
 extension ComputeBackend {
@@ -134,6 +139,13 @@ extension ComputeBackend {
     rotary: RotaryEmbedding?, into destination: UnsafeMutablePointer<Float>
   ) {
     preconditionFailure("\(name) holds no latents")
+  }
+
+  package func restore(
+    _ rows: [RunSlice], channels: Range<Int>, positions: [Int32], rotary: RotaryEmbedding,
+    into destination: UnsafeMutablePointer<Float>
+  ) {
+    preconditionFailure("\(name) holds no keys side by side")
   }
 }
 

@@ -80,4 +80,11 @@ package final class DryRunBackend: ComputeBackend {
   ) {
     destination.update(repeating: 0, count: latents.reduce(0) { $0 + $1.count } * basis.dim)
   }
+
+  package func restore(
+    _ rows: [RunSlice], channels: Range<Int>, positions: [Int32], rotary: RotaryEmbedding,
+    into destination: UnsafeMutablePointer<Float>
+  ) {
+    destination.update(repeating: 0, count: rows.reduce(0) { $0 + $1.count } * channels.count)
+  }
 }

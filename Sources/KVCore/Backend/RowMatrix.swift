@@ -111,14 +111,14 @@ package struct Factors: Sendable {
 /// One product of rows with an encoder, on its way into a store.
 package struct Projection {
   package var matrix: RowMatrix
-  /// [rank][width]: the weights of each latent channel.
-  package var encoder: [Float]
+  /// [rank][width]: the weights of each latent channel. Nil: the rows themselves are written.
+  package var encoder: [Float]?
   /// [width], subtracted first; empty for none.
   package var mean: [Float]
   /// Dense rows of `rank` channels, as many as the matrix has.
   package var targets: [RunSlice]
 
-  package init(matrix: RowMatrix, encoder: [Float], mean: [Float], targets: [RunSlice]) {
+  package init(matrix: RowMatrix, encoder: [Float]?, mean: [Float], targets: [RunSlice]) {
     self.matrix = matrix
     self.encoder = encoder
     self.mean = mean
@@ -143,6 +143,8 @@ package struct LowRankRows {
   /// `capacity` rows (the rank) of `dim` channels, dense. Nil: the slices hold the rows themselves.
   package var keyBasis: RowRun?
   package var valueBasis: RowRun?
+  /// The slices of keys hold rows of several heads side by side, and these are the head's. No basis then.
+  package var keyChannels: Range<Int>?
   /// Added to every restored row.
   package var keyMean: UnsafePointer<Float>?
   package var valueMean: UnsafePointer<Float>?

@@ -125,6 +125,8 @@ public struct ChannelScaling: Hashable, Sendable {
 /// What is done to the rows of a side before they are encoded; see ``RowMap``.
 package struct MapFormat: Hashable, Sendable {
   package var rotation: Rotation?
+  /// Channel `order[c]` of a rotated row becomes channel c, so that alike channels share a group.
+  package var order: [UInt32]?
   package var scaling = ChannelScaling.none
 
   package static let none = MapFormat()

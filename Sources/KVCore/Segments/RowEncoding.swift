@@ -22,7 +22,8 @@ public struct RowEncoding: Hashable, Sendable {
   public let bits: Int
   /// Rows or channels that share a scale (and minimum). Dense, or with a scale that was given: 1.
   public let group: Int
-  /// What the codes of scaled rows are, or ggml's number of a block type. 0: neither.
+  /// What the codes of scaled rows are, or ggml's number of a block type; of affine rows per token how they are rounded,
+  /// see ``ZeroPoint``. 0: none of these.
   package let code: UInt8
   /// The scale of scaled rows that was given. 1 elsewhere.
   package let factor: Float
@@ -68,6 +69,19 @@ public struct RowEncoding: Hashable, Sendable {
     return RowEncoding(kind: .affinePerToken, type: metadata, bits: bits, group: group)
   }
 
+  /// The same around an integer zero point.
+  ///
+  /// - Throws: `invalidOption` unless bits is 2, 3, 4 or 8 and group lies in 8...4096.
+  public static func affinePerToken(
+    bits: Int, group: Int, zero: ZeroPoint, metadata: ElementType = .f16
+  ) throws(KVError) -> RowEncoding {
+    let plain = try affinePerToken(bits: bits, group: group, metadata: metadata)
+    return RowEncoding(kind: .affinePerToken, type: metadata, bits: bits, group: plain.group, code: zero.code)
+  }
+
+  /// How affine rows per token are rounded, where it is not to the least value of a group.
+  package var zeroPoint: ZeroPoint? { kind == .affinePerToken ? ZeroPoint(code: code) : nil }
+
   /// Codes alone: their scale and minimum, in `metadata`, belong to the channels and to all rows that were encoded
   /// together.
   package static func codes(bits: Int, metadata: ElementType) throws(KVError) -> RowEncoding {
@@ -92,7 +106,11 @@ public struct RowEncoding: Hashable, Sendable {
     switch kind {
     case .dense: made = group == 1 ? .dense(type) : nil
     case .affinePerChannel: made = try? .affinePerChannel(bits: bits, group: group, metadata: type)
-    case .affinePerToken: made = try? .affinePerToken(bits: bits, group: group, metadata: type)
+    case .affinePerToken:
+      made =
+        code == 0
+        ? try? .affinePerToken(bits: bits, group: group, metadata: type)
+        : ZeroPoint(code: code).flatMap { try? .affinePerToken(bits: bits, group: group, zero: $0, metadata: type) }
     case .codes: made = group == 1 ? try? .codes(bits: bits, metadata: type) : nil
     case .scaledPerToken:
       made = ScaledCode(rawValue: code).flatMap { try? .scaledPerToken($0, group: group, metadata: type) }
@@ -176,7 +194,8 @@ extension RowEncoding: CustomStringConvertible {
     case .dense: type.name
     case .affinePerChannel: "affine \(bits)-bit per channel, \(group) tokens, \(type.name) scale and min"
     case .codes: "\(bits)-bit codes with a \(type.name) scale and min per channel"
-    case .affinePerToken: "affine \(bits)-bit per token, \(group) channels, \(type.name) scale and min"
+    case .affinePerToken:
+      "affine \(bits)-bit per token, \(group) channels, \(type.name) scale and \(zeroPoint?.description ?? "min")"
     case .scaledPerToken:
       group == RowEncoding.wholeRow
         ? "\(codeName) per token, \(type.name) scale" : "\(codeName) per token, \(group) channels, \(type.name) scale"

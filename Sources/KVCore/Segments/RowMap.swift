@@ -39,7 +39,7 @@ package final class FixedMap: @unchecked Sendable {
     self.dim = dim
     block = format.rotation?.block(dim: dim) ?? 1
     signs = format.rotation?.signs(dim: dim).map(FixedMap.copy)
-    order = nil
+    order = format.order.map(FixedMap.copy)
   }
 
   private static func copy<Element: BitwiseCopyable>(_ values: [Element]) -> UnsafePointer<Element> {

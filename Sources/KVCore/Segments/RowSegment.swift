@@ -87,9 +87,10 @@ package final class RowSegment: Segment {
     }
     if let place = backend.write(view, to: writes) {
       let largest = min(range.largest, format.window.largestFinite)
+      let what = format.limit == nil ? format.body?.description ?? format.window.name : "what it will be stored in"
       throw KVError(
         .unrepresentable,
-        "channel \(place.channel) of a \(name) is beyond ±\(largest), the largest that \(format.body?.description ?? format.window.name) can hold; "
+        "channel \(place.channel) of a \(name) is beyond ±\(largest), the largest that \(what) can hold; "
           + "store rows and metadata in a wider type",
         head: place.head, position: firstPosition + place.token)
     }

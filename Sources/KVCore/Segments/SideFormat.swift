@@ -18,6 +18,8 @@ public struct SideFormat: Hashable, Sendable {
   package let flush: Flush
   /// What is done to rows before they are encoded.
   package private(set) var map = MapFormat.none
+  /// The largest magnitude of an element, where what rows become later holds less than they do now.
+  package private(set) var limit: Float?
 
   private init(window: ElementType, body: RowEncoding?, flush: Flush) {
     self.window = window
@@ -73,6 +75,27 @@ public struct SideFormat: Hashable, Sendable {
     return result
   }
 
+  /// The same rows with their channels in another order, behind a rotation: channel `order[c]` becomes channel c.
+  ///
+  /// - Throws: `invalidOption` for a side that is not encoded, and for what is no permutation.
+  package func reordered(_ order: [Int]) throws(KVError) -> SideFormat {
+    guard body != nil else {
+      throw KVError(.invalidOption, "only rows that are encoded can be reordered; these stay \(window.name)")
+    }
+    var seen = [Bool](repeating: false, count: order.count)
+    for channel in order {
+      guard order.indices.contains(channel), !seen[channel] else {
+        throw KVError(
+          .invalidOption,
+          "an order of \(order.count) channels names each of them once; \(channel) is not among them or twice")
+      }
+      seen[channel] = true
+    }
+    var result = self
+    result.map.order = order.map { UInt32($0) }
+    return result
+  }
+
   /// The same rows divided by a factor per channel before they are encoded.
   ///
   /// - Throws: `invalidOption` for a side that is not encoded, and for a balanced side that is rotated.
@@ -91,9 +114,19 @@ public struct SideFormat: Hashable, Sendable {
     return result
   }
 
+  /// The same rows, no element of which is larger than what they will be held in later.
+  package func limited(to range: ElementRange) -> SideFormat {
+    var result = self
+    result.limit = min(limit ?? .greatestFiniteMagnitude, range.largest)
+    return result
+  }
+
   /// What rows of `dim` channels must be for this format.
   package func validate(dim: Int, of what: String) throws(KVError) {
     try map.rotation?.validate(dim: dim)
+    if let order = map.order, order.count != dim {
+      throw KVError(.shapeMismatch, "an order of \(order.count) channels was given for \(what) of \(dim)")
+    }
     try body?.validate(dim: dim, of: what)
   }
 
@@ -124,6 +157,11 @@ public struct SideFormat: Hashable, Sendable {
   /// The smallest range among everything that will hold a row: f16 minima overflow as f16 rows do, and a rotation can
   /// gather a row in one channel.
   package func range(dim: Int) -> ElementRange {
+    if let limit { return .magnitude(min(limit, ownRange(dim: dim).largest)) }
+    return ownRange(dim: dim)
+  }
+
+  private func ownRange(dim: Int) -> ElementRange {
     guard let body, body.kind != .scaledFixed else { return .window }
     guard let rotation = map.rotation else { return body.type == .f16 || window == .f16 ? .half : .halfOfFloat }
     let growth = Float(rotation.block(dim: dim)).squareRoot()

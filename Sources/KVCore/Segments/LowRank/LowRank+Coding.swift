@@ -37,17 +37,22 @@ extension LowRankStorage {
       basis = try LatentBasis(
         from: &reader, type: format.basis, units: units, dim: dim, headsPerUnit: headsPerUnit, backend: backend)
     }
-    var stores: [RowStore] = []
-    let dims = basis?.ranks ?? Array(repeating: dim, count: layers.count * shape.kvHeads)
-    for channels in dims {
-      let rows = try reader.count("rows of a store", in: 0...tokensSeen)
-      stores.append(
-        try RowStore(
-          from: &reader, slots: rows,
-          like: RowStore(dim: channels, format: basis == nil ? .dense(format.window) : latentFormat(keys: isKey)),
-          backend: backend))
+    let isJoined = isKey && format.joinedKeys != nil
+    guard basis == nil || !isJoined && (isKey || format.valueRows == nil) else {
+      throw reader.corrupt("expected rows without a basis")
     }
-    return Side(basis: basis, stores: stores)
+    let empty: [RowStore]
+    if let basis {
+      empty = basis.ranks.map { RowStore(dim: $0, format: latentFormat(keys: isKey)) }
+    } else {
+      empty = try rowStores(keys: isKey)
+    }
+    var stores: [RowStore] = []
+    for store in empty {
+      let rows = try reader.count("rows of a store", in: 0...tokensSeen)
+      stores.append(try RowStore(from: &reader, slots: rows, like: store, backend: backend))
+    }
+    return Side(basis: basis, isJoined: isJoined, stores: stores)
   }
 }
 

@@ -86,6 +86,37 @@ package struct CalibratedBasis: Hashable, Sendable {
   }
 }
 
+/// Keys as rows of all heads side by side, before their rotary embedding: rotated over several heads and reordered, then
+/// encoded. They have no basis.
+package struct JoinedKeys: Hashable, Sendable {
+  /// How the rows are encoded; neither rotated nor reordered.
+  package var rows: SideFormat
+  /// Heads that are rotated together, at most; a power of two.
+  package var headGroup: Int
+  /// Per layer, the order of the channels of all heads behind the rotation. Nil: as they are.
+  package var orders: [[Int]]?
+
+  package init(rows: SideFormat, headGroup: Int, orders: [[Int]]? = nil) {
+    self.rows = rows
+    self.headGroup = headGroup
+    self.orders = orders
+  }
+
+  /// What holds the keys of a layer.
+  package func format(layer: Int, of shape: LayerShape, ordered: Bool = true) throws(KVError) -> SideFormat {
+    let heads = min(headGroup, shape.kvHeads & -shape.kvHeads)
+    let channels = heads * shape.keyDim
+    var format = rows
+    if channels & 1 == 0 { format = try format.rotated(.hadamard(block: min(channels & -channels, 4096))) }
+    guard ordered, let orders else { return format }
+    guard orders.indices.contains(layer) else {
+      throw KVError(
+        .missingInput, "the channel order has \(orders.count) layers and none for this one", layer: layer)
+    }
+    return try format.reordered(orders[layer])
+  }
+}
+
 /// Rows as a few latent channels and a basis that many rows share.
 ///
 /// ```
@@ -118,6 +149,20 @@ package struct LowRankFormat: JointFactory {
   package var factoring = FactorOptions()
   /// Bases by layer, keys and values; nil: from the prompt.
   package var calibrated: [Int: (keys: CalibratedBasis?, values: CalibratedBasis?)]?
+  /// Keys of this form instead of latents.
+  package var joinedKeys: JoinedKeys?
+  /// What holds values that have no basis; nil: dense rows.
+  package var valueRows: SideFormat?
+  /// Whether these are rotated first, in heads of an even number of channels.
+  package var rotatesValues = false
+
+  /// What holds the values of a layer.
+  package func valueFormat(_ layer: LayerShape) throws(KVError) -> SideFormat {
+    guard let valueRows else { return .dense(window) }
+    return rotatesValues && layer.valueDim % 2 == 0 ? try valueRows.rotated(.hadamard()) : valueRows
+  }
+  /// Dense rows that become latents together.
+  package var together = 32
   /// Latents even where they and the basis take more memory than the rows.
   package var evenIfLarger = false
 
@@ -136,17 +181,33 @@ package struct LowRankFormat: JointFactory {
   /// What layers hold before their group is joined, and tokens after it.
   package var plain: RowFormat { RowFormat(keys: .dense(window), values: .dense(window)) }
 
+  /// The same for one layer: what its rows become may hold less than they.
+  private func plain(_ layer: LayerShape) -> RowFormat {
+    var format = plain
+    if let joinedKeys, let later = try? joinedKeys.format(layer: 0, of: layer, ordered: false) {
+      // Turning back may bring both channels of a pair into one.
+      let most = later.range(dim: layer.kvHeads * layer.keyDim).largest / Float(2).squareRoot()
+      format = RowFormat(keys: format.keys.limited(to: .magnitude(most)), values: format.values)
+    }
+    if valueRows != nil, let later = try? valueFormat(layer) {
+      format = RowFormat(keys: format.keys, values: format.values.limited(to: later.range(dim: layer.valueDim)))
+    }
+    return format
+  }
+
   // MARK: Factory
 
   package func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment {
-    plain.makeSegment(layer: layer, backend: backend)
+    plain(layer).makeSegment(layer: layer, backend: backend)
   }
 
   package func validate(backend: any ComputeBackend) throws(KVError) {
     guard backend.holdsLatents else {
       throw KVError(.unsupported, "\(backend.name) holds no latents; use the CPU backend for low-rank stores")
     }
-    for format in [keyLatents, valueLatents, .dense(window)] { try backend.require(format) }
+    for format in [joinedKeys?.rows ?? keyLatents, valueRows ?? valueLatents, .dense(window)] {
+      try backend.require(format)
+    }
   }
 
   package func validate(layer: LayerShape) throws(KVError) {
@@ -157,13 +218,25 @@ package struct LowRankFormat: JointFactory {
       throw KVError(
         .unsupported, "a basis for \(heads) heads of \(max(layer.keyDim, layer.valueDim)) channels is too wide")
     }
+    try valueFormat(layer).validate(dim: layer.valueDim, of: "values")
+    guard let joinedKeys else { return }
+    let width = layer.kvHeads * layer.keyDim
+    guard width <= 4096 else {
+      throw KVError(.unsupported, "keys of all heads side by side have at most 4096 channels; got \(width)")
+    }
+    try joinedKeys.format(layer: 0, of: layer, ordered: false).validate(dim: width, of: "keys of all heads")
   }
 
   package func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
     let window = plain.bytes(rows: min(rows, continuation.kept + 32), layer: layer, observed: observed)
-    return side(keys, keyLatents, rows: rows, dim: layer.keyDim, layer)
-      + side(values, valueLatents, rows: rows, dim: layer.valueDim, layer) + window
+    let keyBytes =
+      joinedKeys.map { $0.rows.bytes(rows: rows, dim: layer.kvHeads * layer.keyDim) / layer.kvHeads }
+      ?? side(keys, keyLatents, rows: rows, dim: layer.keyDim, layer)
+    let valueBytes =
+      valueRows?.bytes(rows: rows, dim: layer.valueDim)
+      ?? side(values, valueLatents, rows: rows, dim: layer.valueDim, layer)
+    return keyBytes + valueBytes + window
       + slots * (2 + observed) * MemoryLayout<Float>.stride
   }
 
@@ -180,8 +253,8 @@ package struct LowRankFormat: JointFactory {
       guard let rotary = shape.rotary else {
         throw KVError(
           .missingInput,
-          "a basis for keys before their rotary embedding turns cached keys back; give ModelShape the rotary embedding, "
-            + "or factor keys as cached (rope=post)")
+          "a store of keys before their rotary embedding turns cached keys back; give ModelShape the rotary embedding, "
+            + (joinedKeys == nil ? "or factor keys as cached (rope=post)" : "or rotate keys as cached (rotated)"))
       }
       try rotary.requireStatic()
     }
@@ -196,6 +269,16 @@ package struct LowRankFormat: JointFactory {
       }
     }
     if let calibrated { try check(calibrated, groups: groups, shape) }
+    if let joinedKeys {
+      for layer in groups.joined() {
+        do throws(KVError) {
+          let own = shape.layers[layer]
+          try joinedKeys.format(layer: layer, of: own).validate(dim: own.kvHeads * own.keyDim, of: "keys of all heads")
+        } catch {
+          throw error.at(layer: layer)
+        }
+      }
+    }
     return groups
   }
 

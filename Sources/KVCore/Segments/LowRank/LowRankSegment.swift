@@ -192,6 +192,7 @@ package final class LowRankSegment: JointSegment {
         keyMean: sides.keys.basis?.meanPointer(unit: place.unit, head: place.block),
         valueMean: sides.values.basis?.meanPointer(unit: place.unit, head: place.block),
         rotary: lowRank.rotary)
+      if sides.keys.isJoined { work.lowRank?.keyChannels = lowRank.channels(block: place.block) }
       plan.rows.append(work)
     }
     let rest = max(range.lowerBound, frozen[head])..<max(range.upperBound, frozen[head])
@@ -225,6 +226,13 @@ package final class LowRankSegment: JointSegment {
     guard !own.isEmpty, let side else { return }
     let slices = lowRank.store(side, member: member, head: head).slices(own)
     guard let basis = side.basis else {
+      if side.isJoined, let rotary = lowRank.rotary {
+        let positions = columns[head].positions
+        backend.restore(
+          slices, channels: lowRank.channels(block: lowRank.place(member: member, head: head).block),
+          positions: own.map { Int32(positions[$0]) }, rotary: rotary, into: destination)
+        return
+      }
       var next = destination
       for slice in slices {
         backend.read(slice, into: next, stride: slice.run.dim)

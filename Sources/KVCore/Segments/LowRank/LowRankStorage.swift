@@ -5,10 +5,17 @@
 package final class LowRankStorage: JointStorage {
   /// One side of the older rows.
   package struct Side {
-    /// Nil: rows are dense, one store per layer and head.
+    /// Nil: rows themselves, one store per layer and head.
     package var basis: LatentBasis?
+    /// Rows themselves, but those of the heads of a unit side by side.
+    package var isJoined = false
     /// One per unit.
     package var stores: [RowStore]
+
+    /// Whether heads share rows.
+    package var isShared: Bool { basis != nil || isJoined }
+    /// Whether rows end as they come.
+    var isPlain: Bool { !isShared && stores.allSatisfy { $0.format.body == nil } }
   }
 
   package let format: LowRankFormat
@@ -47,6 +54,9 @@ package final class LowRankStorage: JointStorage {
     format.perHead ? (head, member) : (0, member * shape.kvHeads + head)
   }
 
+  /// The channels of one head in keys side by side.
+  package func channels(block: Int) -> Range<Int> { block * shape.keyDim..<(block + 1) * shape.keyDim }
+
   /// Member and head of each block of a unit, in order.
   private func heads(of unit: Int) -> [(member: Int, head: Int)] {
     format.perHead
@@ -55,11 +65,25 @@ package final class LowRankStorage: JointStorage {
   }
 
   package func store(_ side: Side, member: Int, head: Int) -> RowStore {
-    side.basis == nil
-      ? side.stores[member * shape.kvHeads + head] : side.stores[place(member: member, head: head).unit]
+    side.isShared
+      ? side.stores[place(member: member, head: head).unit] : side.stores[member * shape.kvHeads + head]
   }
 
   package func latentFormat(keys: Bool) -> SideFormat { keys ? format.keyLatents : format.valueLatents }
+
+  /// What holds the rows of a side without a basis.
+  package func rowFormat(keys: Bool) throws(KVError) -> SideFormat {
+    if keys, let joined = format.joinedKeys { return try joined.format(layer: layers[0], of: shape) }
+    return keys ? .dense(format.window) : try format.valueFormat(shape)
+  }
+
+  /// Empty stores of a side without a basis.
+  package func rowStores(keys: Bool) throws(KVError) -> [RowStore] {
+    let joined = keys && format.joinedKeys != nil
+    let empty = RowStore(
+      dim: dim(isKey: keys) * (joined ? headsPerUnit : 1), format: try rowFormat(keys: keys))
+    return Array(repeating: empty, count: joined ? units : layers.count * shape.kvHeads)
+  }
 
   // MARK: Taking rows in
 
@@ -77,7 +101,8 @@ package final class LowRankStorage: JointStorage {
     if layers.count > 1 { try compact(segments, eager: false) }
     switch format.continuation {
     case .raw: return
-    case .project(let keeping): try freeze(segments, keeping: keeping, atLeast: 32, of: 32)
+    case .project(let keeping):
+      try freeze(segments, keeping: keeping, atLeast: format.together, of: format.together)
     case .refresh(let keeping, let every): try freeze(segments, keeping: keeping, atLeast: every, of: 1)
     }
   }
@@ -126,7 +151,7 @@ package final class LowRankStorage: JointStorage {
       keys = try start(windows, counts, isKey: true)
       values = try start(windows, counts, isKey: false)
     }
-    if keys.basis == nil, values.basis == nil { return }
+    if keys.isPlain, values.isPlain { return }
     sides = nil
     do throws(KVError) {
       let keyRoom = try write(windows, counts, into: &keys, isKey: true)
@@ -178,15 +203,15 @@ package final class LowRankStorage: JointStorage {
     guard var (keys, values) = sides else { return }
     sides = nil
     defer { sides = (keys, values) }
-    for index in keys.stores.indices where keys.basis != nil {
-      try keys.stores[index].encodeTail(
-        format.keyLatents.rowsToFlush(
-          tail: keys.stores[index].tailRows, dim: keys.stores[index].dim, batchEnds: false), backend: backend)
-    }
-    for index in values.stores.indices where values.basis != nil {
-      try values.stores[index].encodeTail(
-        format.valueLatents.rowsToFlush(
-          tail: values.stores[index].tailRows, dim: values.stores[index].dim, batchEnds: false), backend: backend)
+    try encodeTails(of: &keys.stores)
+    try encodeTails(of: &values.stores)
+  }
+
+  private func encodeTails(of stores: inout [RowStore]) throws(KVError) {
+    for index in stores.indices where stores[index].format.body != nil {
+      let due = stores[index].format.rowsToFlush(
+        tail: stores[index].tailRows, dim: stores[index].dim, batchEnds: false)
+      try stores[index].encodeTail(due, backend: backend)
     }
   }
 
@@ -219,6 +244,8 @@ package final class LowRankStorage: JointStorage {
 
   /// A side without rows: its basis from the file or from these rows, and empty stores.
   private func start(_ windows: [RowSegment], _ counts: [Int], isKey: Bool) throws(KVError) -> Side {
+    if isKey, format.joinedKeys != nil { return Side(isJoined: true, stores: try rowStores(keys: true)) }
+    if !isKey, format.valueRows != nil { return Side(stores: try rowStores(keys: false)) }
     let width = headsPerUnit * dim(isKey: isKey)
     let basis: LatentBasis?
     if let made = calibrated(isKey: isKey) {
@@ -238,9 +265,7 @@ package final class LowRankStorage: JointStorage {
     if let basis {
       stores = basis.ranks.map { RowStore(dim: $0, format: latentFormat(keys: isKey)) }
     } else {
-      stores = (0..<layers.count * shape.kvHeads).map { _ in
-        RowStore(dim: dim(isKey: isKey), format: .dense(format.window))
-      }
+      stores = try rowStores(keys: isKey)
     }
     return Side(basis: basis, stores: stores)
   }
@@ -310,7 +335,7 @@ package final class LowRankStorage: JointStorage {
     _ windows: [RowSegment], _ counts: [Int], into side: inout Side, isKey: Bool
   ) throws(KVError) -> [[RunSlice]] {
     var room: [[RunSlice]] = []
-    guard let basis = side.basis else {
+    guard side.isShared else {
       for member in layers.indices {
         for head in 0..<shape.kvHeads {
           let rows = counts[place(member: member, head: head).unit]
@@ -334,10 +359,12 @@ package final class LowRankStorage: JointStorage {
       projections.append(
         Projection(
           matrix: matrix(windows, unit: unit, rows: counts[unit], isKey: isKey, scales: []),
-          encoder: basis.encoderRows(unit: unit, backend: backend), mean: basis.meanRow(unit: unit, backend: backend),
-          targets: targets))
+          encoder: side.basis?.encoderRows(unit: unit, backend: backend),
+          mean: side.basis?.meanRow(unit: unit, backend: backend) ?? [], targets: targets))
     }
-    try check(backend.project(projections), isKey: isKey)
+    let results = backend.project(projections)
+    // Rows were checked against what they become when they came.
+    if side.basis != nil { try check(results, isKey: isKey) }
     return room
   }
 
@@ -475,7 +502,7 @@ package final class LowRankStorage: JointStorage {
       let gone = alive.count { !$0 }
       if gone == 0 || !eager && gone < min(64, max(8, (rows - gone) / 8)) { continue }
       var physical = alive
-      for side in [keys, values] where side.basis != nil {
+      for side in [keys, values] where side.isShared {
         HeadRows.keepFullUnits(of: side.stores[unit], alive: alive, in: &physical)
       }
       let kept = (0..<rows).filter { physical[$0] }
@@ -484,10 +511,10 @@ package final class LowRankStorage: JointStorage {
         columns[place.member][place.head] = try own.gathered(kept + Array(rows..<own.count), backend: backend)
         frozen[place.member][place.head] = kept.count
       }
-      for index in keys.basis != nil ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
+      for index in keys.isShared ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
         keys.stores[index] = try keys.stores[index].rebuilt(physical: physical, backend: backend)
       }
-      for index in values.basis != nil ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
+      for index in values.isShared ? [unit] : heads.map({ $0.member * shape.kvHeads + $0.head }) {
         values.stores[index] = try values.stores[index].rebuilt(physical: physical, backend: backend)
       }
       changed = true

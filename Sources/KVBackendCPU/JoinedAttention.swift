@@ -1,0 +1,129 @@
+internal import CKVKernels
+internal import KVCore
+
+/// One head's part in work over keys that lie side by side.
+struct JoinedMember {
+  var work: RowsWork
+  var queries: QueryBlock
+  var partial: PartialBlock
+  var kept: KeptWeights?
+  var keptOffset: Int
+}
+
+/// Attention over keys of several heads side by side, before their rotary embedding.
+///
+/// A tile of rows is decoded once, whatever the map behind which it lies, and serves all heads that share it: each takes
+/// its channels, turns them to their distance from the first row of the tile, and multiplies them with queries turned back
+/// by that row's position. Softmax and values are those of any rows.
+extension RowAttention {
+  /// Adds rows `range` of every member. All describe the same rows, each with channels of its own.
+  func addJoined(
+    _ members: UnsafeMutableBufferPointer<JoinedMember>, _ range: Range<Int>, _ space: LatentSpace
+  ) {
+    guard let first = members.first, let rotary = first.work.lowRank?.rotary,
+      let width = plan.width(of: first.work.keys)
+    else { return }
+    let m = first.queries.rows
+    var layout = Layout()
+    let rows = space.memory + layout.take(LatentSpace.tileRows * width)
+    let own = space.memory + layout.take(LatentSpace.tileRows * keyDim)
+    let turned = space.memory + layout.take(m * keyDim)
+    let formed = space.memory + layout.take(members.count * m * blockRows)
+    let offsets = space.backend.offsets(of: rotary)
+    withUnsafeTemporaryAllocation(of: UInt32.self, capacity: LatentSpace.tileRows) { buffer in
+      guard let distances = buffer.baseAddress else { return }
+      var start = range.lowerBound
+      while start < range.upperBound {
+        let end = min(start + blockRows, range.upperBound)
+        var row = start
+        while row < end {
+          let position = first.work.position(row)
+          var next = row
+          while next < end, next - row < LatentSpace.tileRows,
+            (0..<RotaryOffsets.count).contains(first.work.position(next) - position)
+          {
+            distances[next - row] = UInt32(first.work.position(next) - position)
+            next += 1
+          }
+          forEach(first.work.keys, row..<next) { run, at, count, offset in
+            space.backend.read(
+              RunSlice(run: run, first: at, count: count), into: rows + offset * width, stride: width)
+          }
+          for index in members.indices {
+            form(
+              members[index], rows, width, row..<next, from: position, distances, own, turned, offsets,
+              into: formed + index * m * blockRows + row - start)
+          }
+          row = next
+        }
+        for index in members.indices {
+          let member = members[index]
+          addBlock(
+            member.work, start..<end, member.queries, member.partial, member.kept, member.keptOffset,
+            formed: formed + index * m * blockRows)
+        }
+        start = end
+      }
+    }
+  }
+
+  /// Logits of one head against a tile.
+  private func form(
+    _ member: JoinedMember, _ rows: UnsafePointer<Float>, _ width: Int, _ tile: Range<Int>, from position: Int,
+    _ distances: UnsafePointer<UInt32>, _ own: UnsafeMutablePointer<Float>, _ turned: UnsafeMutablePointer<Float>,
+    _ offsets: RotaryOffsets, into target: UnsafeMutablePointer<Float>
+  ) {
+    guard let channels = member.work.lowRank?.keyChannels else { return }
+    for row in 0..<tile.count {
+      (own + row * keyDim).update(from: rows + row * width + channels.lowerBound, count: keyDim)
+    }
+    let m = member.queries.rows
+    turned.update(from: member.queries.base, count: m * keyDim)
+    // Heads may hold their tokens at other positions than the first one.
+    if members(member, holds: distances, from: position, tile) {
+      offsets.turn(own, stride: keyDim, offsets: distances, count: tile.count, back: false, kernels)
+      offsets.turn(turned, stride: keyDim, by: position, count: m, back: true, kernels)
+    } else {
+      offsets.turn(own, stride: keyDim, count: tile.count, back: false, kernels) {
+        member.work.position(tile.lowerBound + $0)
+      }
+    }
+    let run = RowRun(encoding: .dense(.f32), dim: keyDim, capacity: tile.count, base: own)
+    withUnsafePointer(to: run.kernelRun) {
+      kernels.pointee.logits!(
+        $0, 0, UInt32(tile.count), turned, UInt32(m), keyDim, scale, target, blockRows, scratch)
+    }
+  }
+
+  private func members(
+    _ member: JoinedMember, holds distances: UnsafePointer<UInt32>, from position: Int, _ tile: Range<Int>
+  ) -> Bool {
+    if member.work.positions == nil {
+      return member.work.position(tile.lowerBound) == position && ascends(distances, tile.count)
+    }
+    return tile.indices.allSatisfy {
+      member.work.position($0) - position == Int(distances[$0 - tile.lowerBound])
+    }
+  }
+
+  private func ascends(_ distances: UnsafePointer<UInt32>, _ count: Int) -> Bool {
+    count == 0 || Int(distances[count - 1]) == count - 1
+  }
+}
+
+extension AttentionPlanView {
+  /// Channels of the rows of some slices.
+  func width(of slices: Range<Int>) -> Int? { slices.isEmpty ? nil : self.slices[slices.lowerBound].run.dim }
+}
+
+extension LatentSpace {
+  /// Floats for keys side by side, of at most `members` heads at a time.
+  static func joinedFloats(width: Int, rows m: Int, keyDim: Int, members: Int) -> Int {
+    var layout = Layout()
+    _ = layout.take(tileRows * width)
+    _ = layout.take(tileRows * keyDim)
+    _ = layout.take(m * keyDim)
+    _ = layout.take(members * m * blockRows)
+    return layout.total
+  }
+}
