@@ -11,8 +11,13 @@ static const char rows[] = {
 #embed "ptx/rows_80.ptx"
     , 0};
 
+static const char measure[] = {
+#embed "ptx/measure_80.ptx"
+    , 0};
+
 const char *ckv_cuda_ptx(const char *name) {
   if (strcmp(name, "attend") == 0) return attend;
   if (strcmp(name, "rows") == 0) return rows;
+  if (strcmp(name, "measure") == 0) return measure;
   return NULL;
 }

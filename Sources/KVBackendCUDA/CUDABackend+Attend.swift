@@ -2,101 +2,157 @@ internal import CKVCUDA
 package import KVCore
 internal import Synchronization
 
-/// Attention of a plan: descriptions go to pinned memory, then three launches a turn: partials of pieces of rows, their
-/// merge, statistics.
+/// Attention of a plan: its descriptions go to the card in one copy, then two to five launches a wave, then what the
+/// engine wants in ordinary memory comes back in one copy.
 extension CUDABackend {
   package func attend(_ plan: AttentionPlan) throws(KVError) {
     if plan.sequences.isEmpty { return }
     try session.surviving()
-    try exclusively { scratch throws(KVError) in try attend(plan, &scratch, window: nil) }
+    try exclusively { scratch throws(KVError) in
+      let staging = plan.sequences.map { sequence in
+        let score = sequence.work.lazy.compactMap { plan.rows[$0].score }.first
+        return CUDADescriptions.Staging(
+          queries: !session.accessible(sequence.queries), output: !session.accessible(sequence.output),
+          scores: score.map { !session.accessible($0) } ?? false)
+      }
+      try describe(plan, staging, &scratch)
+      try run(plan, &scratch, window: nil)
+      try copyOut(plan, &scratch)
+    }
     try session.surviving()
   }
 
-  /// Where the parts of one call lie in pinned memory, in bytes.
-  private struct Places {
+  /// Where the parts of one call lie in the region that is copied, in bytes.
+  struct Region {
+    var tables = 0
     var slices = 0
     var works = 0
     var sequences = 0
+    var queries = 0
+    var phases = 0
     var pieces = 0
+    var restores = 0
     var merges = 0
     var statistics = 0
     var partials = 0
-    /// Queries that lie in ordinary memory, outputs that do, log sums, queries turned for shifted rows: floats each.
-    var queries: [Int] = []
-    var outputs: [Int] = []
-    var logSums: [Int] = []
-    var turned = 0
     var total = 0
+
+    init(_ plan: CUDADescriptions) {
+      var layout = CUDALayout()
+      _ = layout.take(plan.queryBytes, of: UInt8.self, atLeast: 0)
+      tables = layout.total
+      // The tables know their addresses: nothing lies between them and the queries.
+      _ = layout.take(plan.tables.words.count, of: UInt64.self)
+      slices = layout.take(plan.slices.count, of: kv_slice.self)
+      works = layout.take(plan.works.count, of: kv_work.self)
+      sequences = layout.take(plan.sequences.count, of: kv_sequence.self)
+      queries = layout.take(plan.queries.count, of: kv_queries.self)
+      phases = layout.take(plan.phases.count, of: kv_phase.self)
+      pieces = layout.take(plan.pieces.count, of: kv_piece.self)
+      restores = layout.take(plan.restores.count, of: kv_restore.self)
+      merges = layout.take(plan.merges.count, of: kv_merge.self)
+      statistics = layout.take(plan.statistics.count, of: kv_statistic.self)
+      partials = layout.take(plan.partials.count, of: UInt64.self)
+      total = layout.total
+    }
   }
 
-  func attend(_ plan: AttentionPlan, _ scratch: inout Scratch, window: GroupReduction?) throws(KVError) {
-    scratch.plan.describe(plan, whole: window != nil)
-    let places = layOut(plan, scratch.plan)
-    let pinned = try scratch.pinned.bytes(places.total, session)
-    let memory = try scratch.device.bytes(scratch.plan.floats * 4, session).assumingMemoryBound(to: Float.self)
-    scratch.plan.setQueries(memory: memory)
+  /// Describes the plan for the memory there is, and once more when that turns out too small.
+  func describe(
+    _ plan: AttentionPlan, _ staging: [CUDADescriptions.Staging], _ scratch: inout Scratch, whole: Bool = false
+  ) throws(KVError) {
+    while true {
+      let memory = try scratch.device.bytes(1, session)
+      let region = try scratch.region.bytes(1, session)
+      scratch.plan.describe(plan, staging: staging, memory: memory, region: region, whole: whole)
+      let floats = scratch.plan.floats * 4
+      let bytes = Region(scratch.plan).total
+      if scratch.device.holds(floats), scratch.region.holds(bytes) { return }
+      _ = try scratch.device.bytes(floats, session)
+      _ = try scratch.region.bytes(bytes, session)
+    }
+  }
 
-    for index in plan.sequences.indices { loadQueries(index, plan, scratch.plan, places, pinned, memory) }
-    turnQueries(plan, &scratch.plan, places, pinned, memory)
-    for (number, turn) in scratch.plan.turns.enumerated() {
-      let sequence = plan.sequences[turn.sequence]
-      var address = sequence.output
-      var strides = (sequence.outputHeadStride, sequence.outputTokenStride)
-      if places.outputs[turn.sequence] >= 0 {
-        address = (pinned + places.outputs[turn.sequence]).assumingMemoryBound(to: Float.self)
-        strides = (sequence.tokens * sequence.valueDim, sequence.valueDim)
+  /// Copies the descriptions and queues every launch.
+  func run(_ plan: AttentionPlan, _ scratch: inout Scratch, window: kv_window_rule?) throws(KVError) {
+    let places = Region(scratch.plan)
+    let written = scratch.plan
+    let host = try scratch.ring.bytes(places.total, session)
+    let region = try scratch.region.bytes(places.total, session)
+    let memory = try scratch.device.bytes(written.floats * 4, session)
+    for index in plan.sequences.indices where written.stagedQueries[index] >= 0 {
+      stageQueries(plan.sequences[index], at: host + written.stagedQueries[index])
+    }
+    copy(written.tables.words, to: host + places.tables)
+    copy(written.slices, to: host + places.slices)
+    copy(written.works, to: host + places.works)
+    copy(written.sequences, to: host + places.sequences)
+    copy(written.queries, to: host + places.queries)
+    copy(written.phases, to: host + places.phases)
+    copy(written.pieces, to: host + places.pieces)
+    copy(written.restores, to: host + places.restores)
+    copy(written.merges, to: host + places.merges)
+    copy(written.statistics, to: host + places.statistics)
+    copy(written.partials, to: host + places.partials)
+    session.copy(to: region, from: host, places.total)
+
+    for rows in written.restored {
+      let list = region + places.slices + rows.slices.lowerBound * MemoryLayout<kv_slice>.stride
+      restore(rows, list)
+    }
+    for wave in written.waves { launch(wave, region, places, memory, window: window) }
+  }
+
+  /// Keys to their positions: rows as f32, out from behind their maps, then times a basis or some of their channels.
+  private func restore(_ rows: CUDADescriptions.RestoredRows, _ list: UnsafeMutableRawPointer) {
+    let width = UInt64(rows.width)
+    if rows.isFirst {
+      session.launch(
+        .read, x: gridBlocks(rows.rows * rows.width), list, UInt32(rows.slices.count), UInt32(rows.rows), rows.table,
+        width)
+      for part in rows.maps {
+        session.launch(
+          .map, x: part.rows.count, rows.table + UInt64(part.rows.lowerBound * rows.width * 4), width, part.map,
+          UInt32(1), UInt32(1))
       }
-      let logSums = places.logSums[turn.sequence]
-      scratch.plan.setOutput(
-        turn: number, address: address + turn.tokens.lowerBound * strides.1, headStride: strides.0,
-        tokenStride: strides.1,
-        logSumExp: logSums < 0
-          ? nil
-          : (pinned + logSums).assumingMemoryBound(to: Float.self)
-            + turn.tokens.lowerBound * sequence.kvHeads * sequence.group)
     }
-    copy(scratch.plan.slices, to: pinned + places.slices)
-    copy(scratch.plan.works, to: pinned + places.works)
-    copy(scratch.plan.sequences, to: pinned + places.sequences)
-    copy(scratch.plan.pieces, to: pinned + places.pieces)
-    copy(scratch.plan.merges, to: pinned + places.merges)
-    copy(scratch.plan.statistics, to: pinned + places.statistics)
-    copy(scratch.plan.partials, to: pinned + places.partials)
-    for turn in scratch.plan.turns { launch(turn, plan, places, pinned, memory, window: window) }
-    session.synchronize()
-    copyOut(plan, scratch.plan, places, pinned)
+    let dim = UInt32(rows.dim)
+    guard let basis = rows.basis else {
+      session.launch(
+        .turnChannels, x: rows.rows, rows.table, width, UInt32(rows.channel), dim, rows.positions, rows.firstPosition,
+        rows.rotary, rows.target)
+      return
+    }
+    restore(rows.table, rows: rows.rows, basis, to: rows.target)
+    session.launch(
+      .turnChannels, x: rows.rows, rows.target, UInt64(rows.dim), UInt32(0), dim, rows.positions, rows.firstPosition,
+      rows.rotary, rows.target)
   }
 
-  private func layOut(_ plan: AttentionPlan, _ written: CUDADescriptions) -> Places {
-    var layout = CUDALayout()
-    var places = Places()
-    places.slices = layout.take(written.slices.count, of: kv_slice.self)
-    places.works = layout.take(written.works.count, of: kv_work.self)
-    places.sequences = layout.take(written.sequences.count, of: kv_sequence.self)
-    places.pieces = layout.take(written.pieces.count, of: kv_piece.self)
-    places.merges = layout.take(written.merges.count, of: kv_merge.self)
-    places.statistics = layout.take(written.statistics.count, of: kv_statistic.self)
-    places.partials = layout.take(written.partials.count, of: UInt64.self)
-    for sequence in plan.sequences {
-      let heads = sequence.kvHeads * sequence.group
-      places.queries.append(
-        session.accessible(sequence.queries)
-          ? -1 : layout.take(heads * sequence.tokens * sequence.keyDim, of: Float.self))
-      places.outputs.append(
-        session.accessible(sequence.output)
-          ? -1 : layout.take(heads * sequence.tokens * sequence.valueDim, of: Float.self))
-      places.logSums.append(
-        sequence.logSumExp == nil ? -1 : layout.take(heads * sequence.tokens, of: Float.self))
+  private func launch(
+    _ wave: CUDADescriptions.Wave, _ region: UnsafeMutableRawPointer, _ places: Region,
+    _ memory: UnsafeMutableRawPointer, window: kv_window_rule?
+  ) {
+    let sequences = region + places.sequences
+    session.launch(
+      .prepare, x: wave.phases.count, y: wave.queryRows,
+      region + places.phases + wave.phases.lowerBound * MemoryLayout<kv_phase>.stride)
+    session.launch(
+      .attend, x: wave.pieces.count, region + places.pieces + wave.pieces.lowerBound * MemoryLayout<kv_piece>.stride,
+      sequences, region + places.works, region + places.slices, region + places.queries, memory)
+    session.launch(
+      .restorePartials, x: wave.restores.count, y: wave.queryRows,
+      region + places.restores + wave.restores.lowerBound * MemoryLayout<kv_restore>.stride, memory)
+    session.launch(
+      .finish, x: wave.merges.count, region + places.merges + wave.merges.lowerBound * MemoryLayout<kv_merge>.stride,
+      sequences, region + places.partials, memory)
+    let statistics = region + places.statistics + wave.statistics.lowerBound * MemoryLayout<kv_statistic>.stride
+    let blocks = (wave.longestStatistic + KV_THREADS - 1) / KV_THREADS
+    if let window {
+      session.launch(.window, x: wave.statistics.count, y: blocks, statistics, memory, window)
+    } else {
+      session.launch(.statistics, x: wave.statistics.count, y: blocks, statistics, memory)
     }
-    var turned = 0
-    for turn in written.turns {
-      let sequence = plan.sequences[turn.sequence]
-      let shifted = sequence.work.filter { plan.rows[$0].shift != 0 }
-      turned += shifted.count * turn.tokens.count * sequence.group * sequence.keyDim
-    }
-    places.turned = layout.take(turned, of: Float.self)
-    places.total = layout.total
-    return places
   }
 
   private func copy<Element: BitwiseCopyable>(_ values: [Element], to target: UnsafeMutableRawPointer) {
@@ -105,169 +161,50 @@ extension CUDABackend {
     }
   }
 
-  private func launch(
-    _ turn: CUDADescriptions.Turn, _ plan: AttentionPlan, _ places: Places, _ pinned: UnsafeMutableRawPointer,
-    _ memory: UnsafeMutablePointer<Float>, window: GroupReduction?
-  ) {
-    let pieces = pinned + places.pieces + turn.pieces.lowerBound * MemoryLayout<kv_piece>.stride
-    let merges = pinned + places.merges + turn.merges.lowerBound * MemoryLayout<kv_merge>.stride
-    let statistics = pinned + places.statistics + turn.statistics.lowerBound * MemoryLayout<kv_statistic>.stride
-    let sequences = pinned + places.sequences
-    let works = pinned + places.works
-    let data = UnsafeMutableRawPointer(memory)
-    launch(.attend, x: turn.pieces.count, [pieces, sequences, works, pinned + places.slices, data])
-    launch(.finish, x: turn.merges.count, [merges, sequences, pinned + places.partials, data])
-    let threads = KV_THREADS
-    let blocks = (turn.longestStatistic + threads - 1) / threads
-    guard let window else {
-      launch(.statistics, x: blocks, y: turn.statistics.count, [statistics, works, data])
-      return
-    }
-    if turn.statistics.isEmpty { return }
-    var addresses = (statistics, works, data)
-    var numbers = (UInt32(plan.sequences[turn.sequence].group), window.kernelNumber)
-    withUnsafeMutablePointer(to: &addresses.0) { statistics in
-      withUnsafeMutablePointer(to: &addresses.1) { works in
-        withUnsafeMutablePointer(to: &addresses.2) { data in
-          withUnsafeMutablePointer(to: &numbers.0) { group in
-            withUnsafeMutablePointer(to: &numbers.1) { reduction in
-              var arguments: [UnsafeMutableRawPointer?] = [
-                .init(statistics), .init(works), .init(data), .init(group), .init(reduction),
-              ]
-              session.launch(.window, x: blocks, y: turn.statistics.count, &arguments)
-            }
-          }
-        }
-      }
-    }
-  }
-
-  /// Launches a kernel whose arguments are all addresses.
-  private func launch(_ kernel: CUDAKernel, x: Int, y: Int = 1, _ addresses: [UnsafeMutableRawPointer]) {
-    if x == 0 || y == 0 { return }
-    var values = addresses.map { Optional($0) }
-    values.withUnsafeMutableBytes { bytes in
-      guard let base = bytes.baseAddress else { return }
-      let size = MemoryLayout<UnsafeMutableRawPointer?>.stride
-      var arguments = addresses.indices.map { Optional(base + $0 * size) }
-      session.launch(kernel, x: x, y: y, &arguments)
-    }
-  }
-
-  // MARK: Queries
-
-  /// Queries as f32 [KV head][token][group][keyDim] in device memory, turn by turn.
-  private func loadQueries(
-    _ index: Int, _ plan: AttentionPlan, _ written: CUDADescriptions, _ places: Places,
-    _ pinned: UnsafeMutableRawPointer, _ memory: UnsafeMutablePointer<Float>
-  ) {
-    let sequence = plan.sequences[index]
+  /// Queries in ordinary memory, [head][token][keyDim].
+  private func stageQueries(_ sequence: SequenceWork, at target: UnsafeMutableRawPointer) {
     let size = sequence.queryType.byteCount
-    let heads = sequence.kvHeads * sequence.group
-    var view = kv_view(
-      base: UInt64(UInt(bitPattern: sequence.queries)), head_stride: Int64(sequence.queryHeadStride),
-      token_stride: Int64(sequence.queryTokenStride), type: UInt32(sequence.queryType.rawValue),
-      heads: UInt32(heads), tokens: 0, dim: UInt32(sequence.keyDim))
-    if places.queries[index] >= 0 {
-      let target = pinned + places.queries[index]
+    let bytes = sequence.keyDim * size
+    for head in 0..<sequence.kvHeads * sequence.group {
+      for token in 0..<sequence.tokens {
+        (target + (head * sequence.tokens + token) * bytes).copyMemory(
+          from: sequence.queries + (head * sequence.queryHeadStride + token * sequence.queryTokenStride) * size,
+          byteCount: bytes)
+      }
+    }
+  }
+
+  /// Outputs, log sums and scores that lie in ordinary memory. Waits for the stream.
+  private func copyOut(_ plan: AttentionPlan, _ scratch: inout Scratch) throws(KVError) {
+    let written = scratch.plan
+    let count = written.results.count
+    let memory = try scratch.device.bytes(written.floats * 4, session)
+    let base = try scratch.pinned.bytes(count * 4, session).assumingMemoryBound(to: Float.self)
+    session.copy(to: base, from: memory, count * 4)
+    session.synchronize()
+    if count == 0 { return }
+    for (index, sequence) in plan.sequences.enumerated() {
+      let heads = sequence.kvHeads * sequence.group
+      if written.logSums[index] >= 0 {
+        sequence.logSumExp?.update(from: base + written.logSums[index], count: heads * sequence.tokens)
+      }
+      if written.outputs[index] < 0 { continue }
+      let source = base + written.outputs[index]
       for head in 0..<heads {
-        for token in 0..<sequence.tokens {
-          (target + (head * sequence.tokens + token) * sequence.keyDim * size).copyMemory(
-            from: sequence.queries + (head * sequence.queryHeadStride + token * sequence.queryTokenStride) * size,
-            byteCount: sequence.keyDim * size)
-        }
-      }
-      view.base = UInt64(UInt(bitPattern: target))
-      view.head_stride = Int64(sequence.tokens * sequence.keyDim)
-      view.token_stride = Int64(sequence.keyDim)
-    }
-    let base = view.base
-    for turn in written.turns where turn.sequence == index {
-      view.base = base + UInt64(turn.tokens.lowerBound * Int(view.token_stride) * size)
-      view.tokens = UInt32(turn.tokens.count)
-      var group = UInt32(sequence.group)
-      var out = UnsafeMutableRawPointer(memory + turn.queries)
-      withUnsafeMutablePointer(to: &view) { view in
-        withUnsafeMutablePointer(to: &group) { group in
-          withUnsafeMutablePointer(to: &out) { out in
-            var arguments: [UnsafeMutableRawPointer?] = [.init(view), .init(group), .init(out)]
-            session.launch(
-              .loadQueries, x: gridBlocks(heads * turn.tokens.count * sequence.keyDim), &arguments)
-          }
-        }
-      }
-    }
-  }
-
-  /// Rows that count as later than they are stored meet queries that were turned back by as much: a few rows of a
-  /// policy with slot positions, on the host.
-  private func turnQueries(
-    _ plan: AttentionPlan, _ written: inout CUDADescriptions, _ places: Places, _ pinned: UnsafeMutableRawPointer,
-    _ memory: UnsafeMutablePointer<Float>
-  ) {
-    if !plan.rows.contains(where: { $0.shift != 0 }) { return }
-    var target = (pinned + places.turned).assumingMemoryBound(to: Float.self)
-    for number in written.turns.indices {
-      let turn = written.turns[number]
-      let sequence = plan.sequences[turn.sequence]
-      guard let rotary = sequence.rotary else { continue }
-      let count = turn.tokens.count * sequence.group * sequence.keyDim
-      for work in sequence.work where plan.rows[work].shift != 0 {
-        let rows = plan.rows[work]
-        session.copy(to: target, from: memory + turn.queries + rows.kvHead * count, count * 4)
-        session.synchronize()
-        for (local, token) in turn.tokens.enumerated() {
-          // Only the difference matters; queries that see everything have no position of their own.
-          let position = sequence.firstPosition == .max ? rows.shift : sequence.firstPosition + token
-          for member in 0..<sequence.group {
-            rotary.move(
-              row: target + (local * sequence.group + member) * sequence.keyDim, from: position,
-              to: position - rows.shift)
-          }
-        }
-        written.setQueries(work: work, turn: number, address: target)
-        target += count
-      }
-    }
-  }
-
-  // MARK: Outputs
-
-  private func copyOut(
-    _ plan: AttentionPlan, _ written: CUDADescriptions, _ places: Places, _ pinned: UnsafeMutableRawPointer
-  ) {
-    for index in plan.sequences.indices where places.outputs[index] >= 0 {
-      let sequence = plan.sequences[index]
-      let source = (pinned + places.outputs[index]).assumingMemoryBound(to: Float.self)
-      for head in 0..<sequence.kvHeads * sequence.group {
         for token in 0..<sequence.tokens {
           (sequence.output + head * sequence.outputHeadStride + token * sequence.outputTokenStride)
             .update(from: source + (head * sequence.tokens + token) * sequence.valueDim, count: sequence.valueDim)
         }
       }
     }
-    // Kernels write the log sums of a turn as [head][token of the turn]; the caller wants [head][token].
-    for turn in written.turns where places.logSums[turn.sequence] >= 0 {
-      let sequence = plan.sequences[turn.sequence]
-      let heads = sequence.kvHeads * sequence.group
-      guard let target = sequence.logSumExp else { continue }
-      let source =
-        (pinned + places.logSums[turn.sequence]).assumingMemoryBound(to: Float.self)
-        + turn.tokens.lowerBound * heads
-      for head in 0..<heads {
-        (target + head * sequence.tokens + turn.tokens.lowerBound)
-          .update(from: source + head * turn.tokens.count, count: turn.tokens.count)
+    for staged in written.scores {
+      let rows = plan.rows[staged.work]
+      guard let score = rows.score else { continue }
+      let source = base + staged.offset
+      let reduction = plan.sequences.first { $0.work.contains(staged.work) }?.reduction ?? .sum
+      for row in 0..<rows.count {
+        score[row] = reduction == .max ? max(score[row], source[row]) : score[row] + source[row]
       }
-    }
-  }
-}
-
-extension GroupReduction {
-  fileprivate var kernelNumber: UInt32 {
-    switch self {
-    case .mean: 0
-    case .max: 1
-    case .sum: 2
     }
   }
 }

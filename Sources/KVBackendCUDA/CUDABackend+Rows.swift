@@ -5,18 +5,14 @@ internal import Synchronization
 
 /// Moving rows: in from an engine's tensors, between encodings, out to f32.
 extension CUDABackend {
+  /// Rows that are f32 on the card at a time, on their way between encodings behind maps.
+  private static let tableElements = 1 << 22
+
   package func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace? {
     guard view.heads * view.tokens > 0, session.accessible(view.base) else { return host.firstNonfinite(view) }
-    let index = findPlace { place in
-      var description = view.kernelView(base: view.base)
-      var address = place
-      withUnsafeMutablePointer(to: &description) { description in
-        withUnsafeMutablePointer(to: &address) { address in
-          var arguments: [UnsafeMutableRawPointer?] = [.init(description), .init(address)]
-          session.launch(.nonfinite, x: gridBlocks(view.heads * view.tokens * view.dim), &arguments)
-        }
-      }
-    }
+    let description = view.kernelView(base: view.base)
+    let blocks = gridBlocks(view.heads * view.tokens * view.dim)
+    let index = findPlace { session.launch(.nonfinite, x: blocks, description, $0) }
     return index.map { place in
       ElementPlace(
         head: place / view.dim / view.tokens, token: place / view.dim % view.tokens, channel: place % view.dim)
@@ -56,19 +52,10 @@ extension CUDABackend {
         longest = max(longest, slice.count * slice.run.dim)
         list[index] = kv_write(
           slice: slice.kernelSlice(start: 0), head: UInt32(target.head), token: UInt32(target.token),
-          range: target.range.kernelNumber, element: 0)
+          range: target.range.kernelNumber, limit: target.range.largest)
       }
       if !inPlace { description = view.stage(at: base + rows) }
-      var listAddress = UnsafeMutableRawPointer(list)
-      var placeAddress = base + place
-      withUnsafeMutablePointer(to: &listAddress) { list in
-        withUnsafeMutablePointer(to: &description) { description in
-          withUnsafeMutablePointer(to: &placeAddress) { place in
-            var arguments: [UnsafeMutableRawPointer?] = [.init(list), .init(description), .init(place)]
-            session.launch(.write, x: gridBlocks(longest), y: targets.count, &arguments)
-          }
-        }
-      }
+      session.launch(.write, x: gridBlocks(longest), y: targets.count, base + writes, description, base + place)
       session.synchronize()
       found = (base + place).load(as: UInt64.self)
     }
@@ -80,108 +67,222 @@ extension CUDABackend {
 
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
     let dim = slice.run.dim
-    var layout = CUDALayout()
-    let description = layout.take(1, of: kv_slice.self)
-    let rows = layout.take(slice.count * dim, of: Float.self)
+    let most = max(CUDABackend.tableElements / dim, 1)
     exclusivelyRecording { scratch throws(KVError) in
-      let base = try scratch.pinned.bytes(layout.total, session)
-      (base + description).storeBytes(of: slice.kernelSlice(start: 0), as: kv_slice.self)
-      var list = base + description
-      var one: UInt32 = 1
-      var count = UInt32(slice.count)
-      var out = base + rows
-      var pitch = UInt64(dim)
-      withUnsafeMutablePointer(to: &list) { list in
-        withUnsafeMutablePointer(to: &one) { one in
-          withUnsafeMutablePointer(to: &count) { count in
-            withUnsafeMutablePointer(to: &out) { out in
-              withUnsafeMutablePointer(to: &pitch) { pitch in
-                var arguments: [UnsafeMutableRawPointer?] = [
-                  .init(list), .init(one), .init(count), .init(out), .init(pitch),
-                ]
-                session.launch(.read, x: gridBlocks(slice.count * dim), &arguments)
-              }
-            }
-          }
+      for first in Swift.stride(from: 0, to: slice.count, by: most) {
+        let count = min(most, slice.count - first)
+        let part = RunSlice(run: slice.run, first: slice.first + first, count: count)
+        let table = try loadTable([part], &scratch)
+        let rows = try scratch.pinned.bytes(count * dim * 4, session).assumingMemoryBound(to: Float.self)
+        session.copy(to: rows, from: table, count * dim * 4)
+        session.synchronize()
+        for row in 0..<count {
+          (destination + (first + row) * stride).update(from: rows + row * dim, count: dim)
         }
-      }
-      session.synchronize()
-      let source = (base + rows).assumingMemoryBound(to: Float.self)
-      for row in 0..<slice.count {
-        (destination + row * stride).update(from: source + row * dim, count: dim)
       }
     }
   }
 
+  // MARK: Tables of f32
+
+  /// Rows of some slices as rows of the model, f32, one after the other in device memory that the next call reuses.
+  /// `offset` floats of it are left alone.
+  func loadTable(
+    _ slices: [RunSlice], _ scratch: inout Scratch, offset: Int = 0
+  ) throws(KVError) -> UnsafeMutablePointer<Float> {
+    let count = slices.reduce(0) { $0 + $1.count }
+    guard let dim = slices.first?.run.dim, count > 0 else {
+      return try scratch.table.bytes(offset * 4 + 4, session).assumingMemoryBound(to: Float.self) + offset
+    }
+    let base = try scratch.table.bytes((offset + count * dim) * 4, session).assumingMemoryBound(to: Float.self)
+    let table = base + offset
+    let list = try self.list(slices, &scratch)
+    session.launch(
+      .read, x: gridBlocks(count * dim), list, UInt32(slices.count), UInt32(count), table, UInt64(dim))
+    var next = table
+    var index = 0
+    while index < slices.count {
+      // Neighbours behind the same map are restored together.
+      var end = index + 1
+      var rows = slices[index].count
+      while end < slices.count, slices[end].run.map == slices[index].run.map {
+        rows += slices[end].count
+        end += 1
+      }
+      if let map = slices[index].run.map {
+        try self.map(next, rows: rows, map, back: true, numbers: true, &scratch)
+      }
+      next += rows * dim
+      index = end
+    }
+    return table
+  }
+
+  /// Brings rows of f32 behind a map, or back.
+  func map(
+    _ rows: UnsafeMutablePointer<Float>, rows count: Int, _ map: UnsafePointer<MapDescriptor>, back: Bool,
+    numbers: Bool, _ scratch: inout Scratch
+  ) throws(KVError) {
+    let own = map.pointee
+    let ring = try scratch.ring.bytes(own.dim * 8 + 64, session)
+    var description = kv_map(
+      sign: 0, factor: own.factors.map { UInt64(UInt(bitPattern: $0)) } ?? 0,
+      offset: own.offsets.map { UInt64(UInt(bitPattern: $0)) } ?? 0, order: 0, dim: UInt32(own.dim),
+      block: UInt32(own.block), dtype: UInt32(own.type.rawValue), padding: 0)
+    if let signs = own.signs {
+      ring.copyMemory(from: signs, byteCount: own.dim * 4)
+      description.sign = UInt64(UInt(bitPattern: ring))
+    }
+    if let order = own.order {
+      (ring + own.dim * 4).copyMemory(from: order, byteCount: own.dim * 4)
+      description.order = UInt64(UInt(bitPattern: ring + own.dim * 4))
+    }
+    session.launch(
+      .map, x: count, rows, UInt64(own.dim), description, UInt32(back ? 1 : 0), UInt32(numbers ? 1 : 0))
+  }
+
+  /// The slices as the kernels read them, in pinned memory.
+  private func list(_ slices: [RunSlice], _ scratch: inout Scratch) throws(KVError) -> UnsafeMutableRawPointer {
+    let base = try scratch.ring.bytes(slices.count * MemoryLayout<kv_slice>.stride, session)
+    let list = base.assumingMemoryBound(to: kv_slice.self)
+    var start = 0
+    for (index, slice) in slices.enumerated() {
+      list[index] = slice.kernelSlice(start: start)
+      start += slice.count
+    }
+    return base
+  }
+
+  // MARK: Between encodings
+
+  /// Nothing waits for the card here: what follows on the stream, or reads host memory, does.
   package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {
     let total = sources.reduce(0) { $0 + $1.count }
     if total == 0 { return }
-    if sources.allSatisfy({ isVerbatim($0, target, row: row) }) {
-      var next = row
-      for source in sources {
-        copyRows(source, to: target, row: next)
-        next += source.count
+    exclusivelyRecording { scratch throws(KVError) in
+      let sources = try resident(Array(sources), &scratch)
+      if sources.allSatisfy({ isVerbatim($0, target, row: row) }) {
+        try gather(sources, total, to: target, row: row, &scratch)
+        return
       }
-      session.synchronize()
+      if target.map == nil, sources.allSatisfy({ $0.run.map == nil }) {
+        let list = try list(sources, &scratch)
+        encode(list, sources.count, rows: total, to: target, row: row)
+        return
+      }
+      let unit = target.encoding.rowsPerUnit
+      let most = max(CUDABackend.tableElements / target.dim / unit, 1) * unit
+      var left = sources[...]
+      var done = 0
+      while done < total {
+        let count = min(most, total - done)
+        let table = try loadTable(RunSlice.take(count, from: &left), &scratch)
+        if let map = target.map { try self.map(table, rows: count, map, back: false, numbers: true, &scratch) }
+        let run = RowRun(encoding: .dense(.f32), dim: target.dim, capacity: count, base: UnsafeMutableRawPointer(table))
+        let list = try list([RunSlice(run: run, first: 0, count: count)], &scratch)
+        encode(list, 1, rows: count, to: target, row: row + done)
+        done += count
+      }
+    }
+  }
+
+  /// The same slices with rows in ordinary memory copied to the card: dense ones, which other segments lend.
+  private func resident(_ slices: [RunSlice], _ scratch: inout Scratch) throws(KVError) -> [RunSlice] {
+    var bytes = 0
+    var isFar = [Bool](repeating: false, count: slices.count)
+    for (index, slice) in slices.enumerated() where !session.accessible(slice.run.base) {
+      isFar[index] = true
+      bytes += (slice.run.encoding.payloadBytes(rows: slice.count, dim: slice.run.dim) + 255) / 256 * 256
+    }
+    if bytes == 0 { return slices }
+    let pinned = try scratch.ring.bytes(bytes, session)
+    var offset = 0
+    return slices.enumerated().map { index, slice in
+      guard isFar[index] else { return slice }
+      let encoding = slice.run.encoding
+      precondition(encoding.kind == .dense, "\(encoding) rows in ordinary memory")
+      let size = encoding.payloadBytes(rows: slice.count, dim: slice.run.dim)
+      let base = pinned + offset
+      base.copyMemory(
+        from: slice.run.base + encoding.payloadBytes(rows: slice.first, dim: slice.run.dim), byteCount: size)
+      offset += (size + 255) / 256 * 256
+      return RunSlice(
+        run: RowRun(encoding: encoding, dim: slice.run.dim, capacity: slice.count, base: base), first: 0,
+        count: slice.count)
+    }
+  }
+
+  private func encode(_ list: UnsafeMutableRawPointer, _ slices: Int, rows: Int, to target: RowRun, row: Int) {
+    let encoding = target.encoding
+    let slice = RunSlice(run: target, first: row, count: rows).kernelSlice(start: 0)
+    if let zero = encoding.zeroPoint {
+      let groups = (target.dim + encoding.group - 1) / encoding.group
+      session.launch(
+        .toZeroNumbers, x: gridBlocks(rows * groups), list, UInt32(slices), slice, Float(zero.clip),
+        zero.steps(bits: encoding.bits))
+      session.launch(
+        .toZeroRow, x: gridBlocks(rows * encoding.payloadBytes(rows: 1, dim: target.dim) / 4), list, UInt32(slices),
+        slice, Float(zero.clip))
       return
     }
-    let encoding = target.encoding
     let kernel: CUDAKernel
     let elements: Int
-    if encoding.kind == .dense {
-      (kernel, elements) = (.toDense, total * target.dim)
-    } else if encoding.kind == .affinePerChannel {
-      (kernel, elements) = (.toChannel, total / encoding.group * target.dim)
-    } else if encoding.kind == .affinePerToken {
-      (kernel, elements) = (.toRow, total)
-    } else {
-      // `require` has refused such caches.
-      session.record(KVError(.unsupported, "the CUDA backend has no kernels for \(encoding)"))
-      return
+    switch encoding.kind {
+    case .dense: (kernel, elements) = (.toDense, rows * target.dim)
+    case .affinePerChannel: (kernel, elements) = (.toChannel, rows / encoding.group * target.dim)
+    case .affinePerToken: (kernel, elements) = (.toRow, rows * 32)
+    case .codes: (kernel, elements) = (.toCodes, rows * encoding.payloadBytes(rows: 1, dim: target.dim) / 4)
+    case .scaledPerToken, .scaledFixed: (kernel, elements) = (.toScaled, rows * 32)
+    case .scaledPerBlock: (kernel, elements) = (.toScaled, rows / encoding.group * 32)
+    case .ggml: (kernel, elements) = (.toBlocks, rows * target.dim / GGMLBlock.channels)
     }
-    exclusivelyRecording { scratch throws(KVError) in
-      let bytes = sources.count * MemoryLayout<kv_slice>.stride
-      let base = try scratch.pinned.bytes(bytes, session)
-      let list = base.assumingMemoryBound(to: kv_slice.self)
-      var start = 0
-      for (index, source) in sources.enumerated() {
-        list[index] = source.kernelSlice(start: start)
-        start += source.count
-      }
-      var address = base
-      var count = UInt32(sources.count)
-      var to = RunSlice(run: target, first: row, count: total).kernelSlice(start: 0)
-      withUnsafeMutablePointer(to: &address) { address in
-        withUnsafeMutablePointer(to: &count) { count in
-          withUnsafeMutablePointer(to: &to) { to in
-            var arguments: [UnsafeMutableRawPointer?] = [.init(address), .init(count), .init(to)]
-            session.launch(kernel, x: gridBlocks(elements), &arguments)
-          }
-        }
-      }
-      session.synchronize()
-    }
+    session.launch(kernel, x: gridBlocks(elements), list, UInt32(slices), slice)
   }
 
   private func isVerbatim(_ source: RunSlice, _ target: RowRun, row: Int) -> Bool {
     let unit = target.encoding.rowsPerUnit
-    return source.run.encoding == target.encoding && source.first % unit == 0 && source.count % unit == 0
-      && row % unit == 0
+    return source.run.encoding == target.encoding && source.run.map == target.map && source.first % unit == 0
+      && source.count % unit == 0 && row % unit == 0
   }
 
-  private func copyRows(_ source: RunSlice, to target: RowRun, row: Int) {
+  /// Whole units, byte for byte: one launch, however many runs of rows stay.
+  private func gather(
+    _ sources: [RunSlice], _ total: Int, to target: RowRun, row: Int, _ scratch: inout Scratch
+  ) throws(KVError) {
     let encoding = target.encoding
-    let dim = target.dim
-    session.copy(
-      to: target.base + encoding.payloadBytes(rows: row, dim: dim),
-      from: source.run.base + encoding.payloadBytes(rows: source.first, dim: dim),
-      encoding.payloadBytes(rows: source.count, dim: dim))
-    let scaleBytes = encoding.scaleBytes(rows: source.count, dim: dim)
-    if scaleBytes == 0 { return }
-    let from = encoding.scaleBytes(rows: source.first, dim: dim)
-    let to = encoding.scaleBytes(rows: row, dim: dim)
-    session.copy(to: target.scales + to, from: source.run.scales + from, scaleBytes)
-    session.copy(to: target.minima + to, from: source.run.minima + from, scaleBytes)
+    let unit = encoding.rowsPerUnit
+    let payload = encoding.payloadBytes(rows: unit, dim: target.dim)
+    // Buffers are 256-byte aligned: the size of a unit decides how wide its copies are.
+    let width = payload % 16 == 0 && sources.allSatisfy(\.isAligned) && target.isAligned ? 16 : payload % 4 == 0 ? 4 : 1
+    let list = try self.list(sources, &scratch)
+    session.launch(
+      .gather, x: gridBlocks(total / unit * 32), list, UInt32(sources.count),
+      RunSlice(run: target, first: row, count: total).kernelSlice(start: 0), UInt32(unit), UInt32(payload),
+      UInt32(encoding.scaleBytes(rows: unit, dim: target.dim)),
+      UInt32(encoding.minimumBytes(rows: unit, dim: target.dim)), UInt32(width))
+  }
+}
+
+extension RowRun {
+  fileprivate var isAligned: Bool { Int(bitPattern: base) % 16 == 0 }
+}
+
+extension RunSlice {
+  fileprivate var isAligned: Bool { run.isAligned }
+
+  /// The first `count` rows of some slices, which are removed from them.
+  static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
+    var result: [RunSlice] = []
+    var left = count
+    while left > 0, var slice = slices.popFirst() {
+      let taken = min(left, slice.count)
+      result.append(RunSlice(run: slice.run, first: slice.first, count: taken))
+      slice.first += taken
+      slice.count -= taken
+      if slice.count > 0 { slices = [slice] + slices }
+      left -= taken
+    }
+    return result
   }
 }
 
@@ -190,9 +291,7 @@ extension ElementRange {
     switch self {
     case .window: 0
     case .half: 1
-    case .halfOfFloat: 2
-    // Of maps, which `require` refuses.
-    case .magnitude: 2
+    case .halfOfFloat, .magnitude: 2
     }
   }
 }

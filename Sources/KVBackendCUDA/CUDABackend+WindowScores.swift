@@ -2,13 +2,15 @@ internal import CKVCUDA
 package import KVCore
 internal import Synchronization
 
-/// Window attention for scorers: the attention kernels without values, then column sums.
+/// Window attention for scorers: the attention kernels without values, then statistics of columns.
 extension CUDABackend {
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {
     let total = request.heads.reduce(0) { $0 + $1.count }
     if total == 0 { return }
     exclusivelyRecording { scratch throws(KVError) in
-      let columns = try scratch.columns.bytes(total * 4, session).assumingMemoryBound(to: Float.self)
+      let hasTotals = request.totals != nil
+      let columns = try scratch.columns.bytes((hasTotals ? 3 : 1) * total * 4, session)
+        .assumingMemoryBound(to: Float.self)
       let plan = AttentionPlan()
       plan.slices = ContiguousArray(request.slices)
       var next = 0
@@ -27,12 +29,97 @@ extension CUDABackend {
           kvHeads: (request.heads.map(\.kvHead).max() ?? 0) + 1, group: request.group, keyDim: request.keyDim,
           valueDim: 0, scale: request.scale, softcap: request.softcap, firstPosition: request.firstPosition,
           slidingWindow: 0, rotary: nil, work: 0..<plan.rows.count))
-      try attend(plan, &scratch, window: request.reduction)
+      let staging = CUDADescriptions.Staging(queries: !session.accessible(request.queries), output: false)
+      try describe(plan, [staging], &scratch, whole: true)
+      let shares = try addShares(request, &scratch)
+      var work = -1
+      next = 0
+      for index in scratch.plan.statistics.indices {
+        // One statistic for each list of rows that is not empty, in their order.
+        repeat { work += 1 } while request.heads[work].count == 0
+        let rows = request.heads[work]
+        scratch.plan.setWindow(
+          index, shares: shares.isEmpty ? 0 : shares[work],
+          entropy: hasTotals ? UInt64(UInt(bitPattern: columns + total + next)) : 0,
+          variance: hasTotals ? UInt64(UInt(bitPattern: columns + 2 * total + next)) : 0,
+          past: rows.lowerBound(request.firstPosition))
+        next += rows.count
+      }
+      try run(plan, &scratch, window: request.kernelRule)
+      session.synchronize()
       next = 0
       for (index, rows) in request.heads.enumerated() {
         for row in 0..<rows.count { scores[index, row] = columns[next + row] }
+        if let totals = request.totals, rows.count > 0 {
+          for slot in next..<next + rows.lowerBound(request.firstPosition) {
+            totals[rows.kvHead].entropy += Double(columns[total + slot])
+            totals[rows.kvHead].variance += Double(columns[2 * total + slot])
+          }
+        }
         next += rows.count
       }
     }
+  }
+
+  /// For every list of rows: what an even share is for each query of the window, and which rows it sees. In pinned
+  /// memory; empty where nobody asks.
+  private func addShares(_ request: WindowScoreRequest, _ scratch: inout Scratch) throws(KVError) -> [UInt64] {
+    guard request.statistic == .belowEvenShare else { return [] }
+    let bytes = request.heads.count * request.window * MemoryLayout<kv_share>.stride
+    let base = try scratch.pinned.bytes(bytes, session).assumingMemoryBound(to: kv_share.self)
+    for token in 0..<request.window {
+      let position = request.firstPosition + token
+      var live = [Int](repeating: 0, count: (request.heads.map(\.kvHead).max() ?? 0) + 1)
+      for rows in request.heads { live[rows.kvHead] += rows.live(upTo: position) }
+      for (index, rows) in request.heads.enumerated() {
+        base[index * request.window + token] = kv_share(
+          share: 1 / Float(max(live[rows.kvHead], 1)), visible: UInt32(rows.lowerBound(position + 1)))
+      }
+    }
+    return request.heads.indices.map { UInt64(UInt(bitPattern: base + $0 * request.window)) }
+  }
+}
+
+extension WindowScoreRequest {
+  fileprivate var kernelRule: kv_window_rule {
+    var rule = kv_window_rule(
+      statistic: 0, reduction: 0, group: UInt32(group), window: UInt32(window), gamma: 0)
+    switch statistic {
+    case .sum: break
+    case .meanVariance(let gamma):
+      rule.statistic = 1
+      rule.gamma = gamma
+    case .max: rule.statistic = 2
+    case .belowEvenShare: rule.statistic = 3
+    }
+    switch reduction {
+    case .mean: rule.reduction = 0
+    case .max: rule.reduction = 1
+    case .sum: rule.reduction = 2
+    }
+    return rule
+  }
+}
+
+extension RowsWork {
+  private func position(_ row: Int) -> Int { positions.map { Int($0[row]) } ?? firstPosition + row }
+
+  /// First row whose position is at least `position`, of those in order.
+  fileprivate func lowerBound(_ position: Int) -> Int {
+    guard positions != nil else { return min(max(position - firstPosition, 0), count) }
+    var low = sortedFrom
+    var high = count
+    while low < high {
+      let middle = (low + high) / 2
+      if self.position(middle) < position { low = middle + 1 } else { high = middle }
+    }
+    return low
+  }
+
+  /// Live rows at or before a position.
+  fileprivate func live(upTo position: Int) -> Int {
+    let visible = lowerBound(position + 1)
+    guard let bias else { return visible }
+    return (0..<visible).reduce(0) { $0 + (bias[$1] == -.infinity ? 0 : 1) }
   }
 }

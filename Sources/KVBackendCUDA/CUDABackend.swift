@@ -40,11 +40,18 @@ package final class CUDABackend: ComputeBackend {
 
   /// Memory between the calls.
   struct Scratch {
-    /// Descriptions, staged tensors, results for the host.
+    /// Staged tensors and results for the host, of calls that wait for the card.
     var pinned = CUDAScratch(pinned: true)
-    var device = CUDAScratch(pinned: false)
-    /// Column sums of a window.
+    /// Column sums of a window, measures of rows.
     var columns = CUDAScratch(pinned: true)
+    /// Descriptions and short lists.
+    var ring = CUDARing()
+    /// Intermediate results of attention.
+    var device = CUDAScratch(pinned: false)
+    /// Descriptions on the card.
+    var region = CUDAScratch(pinned: false)
+    /// Rows as f32.
+    var table = CUDAScratch(pinned: false)
     var plan = CUDADescriptions()
   }
 
@@ -64,8 +71,11 @@ package final class CUDABackend: ComputeBackend {
   deinit {
     session.synchronize()
     scratch.pinned.free(session)
-    scratch.device.free(session)
     scratch.columns.free(session)
+    scratch.ring.free(session)
+    scratch.device.free(session)
+    scratch.region.free(session)
+    scratch.table.free(session)
   }
 
   /// Runs `body` alone with the memory between the calls.
@@ -81,26 +91,6 @@ package final class CUDABackend: ComputeBackend {
       session.record(error)
     }
   }
-
-  package func require(_ format: SideFormat) throws(KVError) {
-    let known: [RowEncoding.Kind] = [.dense, .affinePerChannel, .affinePerToken]
-    if let body = format.body, !known.contains(body.kind) || body.zeroPoint != nil || format.map != .none {
-      throw KVError(
-        .unsupported,
-        "the CUDA backend has no kernels for \(body)\(format.map == .none ? "" : " behind a rotation or factors"); use "
-          + "the CPU backend")
-    }
-  }
-
-  package func require(_ observer: any AttentionObserver) throws(KVError) {
-    guard observer is AttentionSum else {
-      throw KVError(
-        .unsupported,
-        "the CUDA backend adds attention up and has no other statistics; \(observer) needs the CPU backend")
-    }
-  }
-
-  package var hasWindowStatistics: Bool { false }
 
   /// Copies on the card may not overlap.
   package var movesOverlappingRows: Bool { false }
@@ -135,25 +125,14 @@ package final class CUDABackend: ComputeBackend {
   }
 }
 
-extension RunSlice {
-  /// The description the kernels take; `start` rows of its list come before it.
-  func kernelSlice(start: Int) -> kv_slice {
-    kv_slice(
-      data: UInt64(UInt(bitPattern: run.base)), scale: UInt64(UInt(bitPattern: run.scales)),
-      min: UInt64(UInt(bitPattern: run.minima)), kind: UInt32(run.encoding.kind.rawValue),
-      dtype: UInt32(run.encoding.type.rawValue), bits: UInt32(run.encoding.bits), group: UInt32(run.encoding.group),
-      dim: UInt32(run.dim), first: UInt32(first), count: UInt32(count), start: UInt32(start))
-  }
-}
-
 /// Hands out ranges of a piece of memory whose size is known afterwards: first counted, then taken.
 struct CUDALayout {
   private(set) var total = 0
 
   /// Offset in bytes of `count` values, 256-byte aligned.
-  mutating func take<Value: BitwiseCopyable>(_ count: Int, of type: Value.Type) -> Int {
+  mutating func take<Value: BitwiseCopyable>(_ count: Int, of type: Value.Type, atLeast least: Int = 1) -> Int {
     let offset = total
-    total += (max(count, 1) * MemoryLayout<Value>.stride + 255) / 256 * 256
+    total += (max(count, least) * MemoryLayout<Value>.stride + 255) / 256 * 256
     return offset
   }
 }

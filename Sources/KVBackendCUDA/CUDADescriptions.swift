@@ -3,8 +3,12 @@ internal import KVCore
 
 /// An attention plan as the kernels read it, in arrays that keep their capacity from call to call.
 ///
-/// A turn is some tokens of one sequence: intermediate results stay small when a prompt is attended. Work is cut by the
-/// shapes of one sequence only: the same bits come out alone or in a batch.
+/// A turn is some tokens of one sequence: intermediate results stay small when a prompt is attended. The turns of all
+/// sequences that can run at once are a wave: one launch of each kernel. Work is cut by the shapes of one sequence only:
+/// the same bits come out alone or in a batch.
+///
+/// Addresses are those of the memory there is. Where it turns out too small the caller makes it larger and describes
+/// again.
 struct CUDADescriptions {
   /// Tokens of a turn when rows gather statistics (their logits are kept then), and when they do not.
   private static let scoredTokens = 64
@@ -12,59 +16,239 @@ struct CUDADescriptions {
   /// Query rows beyond which there are blocks enough without cutting the rows.
   private static let manyQueries = 256
 
-  struct Turn {
-    var pieces: Range<Int>
-    var merges: Range<Int>
-    var statistics: Range<Int>
+  struct Wave {
+    var phases = 0..<0
+    var pieces = 0..<0
+    var restores = 0..<0
+    var merges = 0..<0
+    var statistics = 0..<0
+    /// The most query rows of a turn, and the most rows of a statistic.
+    var queryRows = 0
     var longestStatistic = 0
-    /// The queries of its tokens: floats of device memory, [KV head][token][group][keyDim].
-    var queries: Int
-    var sequence: Int
-    var tokens: Range<Int>
+  }
+
+  /// Keys that are turned to their positions after they are read: rows of f32 in device memory, before anything else.
+  struct RestoredRows {
+    /// Rows as they are encoded, and where they go as f32, `width` channels each; restored once for all that share them.
+    var slices: Range<Int>
+    var rows: Int
+    var width: Int
+    var table: UInt64
+    var isFirst: Bool
+    /// Rows behind a map each, in order.
+    var maps: [(rows: Range<Int>, map: kv_map)]
+    /// What latents are multiplied by; nil: the channels from `channel` on are the keys.
+    var basis: kv_basis?
+    var channel: Int
+    var dim: Int
+    var positions: UInt64
+    var firstPosition: Int64
+    var rotary: kv_rotary
+    var target: UInt64
+  }
+
+  /// What the caller knows of memory: which addresses kernels can reach.
+  struct Staging {
+    /// Queries of the sequence are copied behind the descriptions.
+    var queries = false
+    var output = false
+    var scores = false
   }
 
   private(set) var slices: [kv_slice] = []
   private(set) var works: [kv_work] = []
   private(set) var sequences: [kv_sequence] = []
+  private(set) var queries: [kv_queries] = []
+  private(set) var phases: [kv_phase] = []
   private(set) var pieces: [kv_piece] = []
+  private(set) var restores: [kv_restore] = []
   private(set) var merges: [kv_merge] = []
   private(set) var statistics: [kv_statistic] = []
   private(set) var partials: [UInt64] = []
-  private(set) var turns: [Turn] = []
-  /// Floats of device memory that the turns need.
+  /// Maps, bases, rotary embeddings and their numbers; they lie behind the staged queries, before everything else.
+  private(set) var tables = CUDATables()
+  private(set) var waves: [Wave] = []
+  private(set) var restored: [RestoredRows] = []
+  /// Floats of device memory: what all waves share, and the largest wave behind it.
+  private(set) var sharedFloats = 0
   private(set) var floats = 0
+  /// Bytes of queries that are copied with the descriptions, and where those of each sequence begin.
+  private(set) var queryBytes = 0
+  private(set) var stagedQueries: [Int] = []
+  /// Where each sequence's staged output and log sums lie in the shared floats; -1: not staged.
+  private(set) var outputs: [Int] = []
+  private(set) var logSums: [Int] = []
+  /// (work, float offset) of staged scores.
+  private(set) var scores: [(work: Int, offset: Int)] = []
+  /// The part of the shared floats that goes back to the host.
+  private(set) var results = 0..<0
 
-  /// - Parameter whole: one turn a sequence, whatever its length.
-  mutating func describe(_ plan: AttentionPlan, whole: Bool = false) {
+  private var staging: [Staging] = []
+  private var memory: UInt64 = 0
+  private var region: UInt64 = 0
+  private var runMaps: [(keys: UnsafePointer<MapDescriptor>?, values: UnsafePointer<MapDescriptor>?, end: Int)] = []
+  /// Queries of the current head that were prepared: for the map, the basis and the shift of some rows.
+  private var prepared: [(map: UInt64, basis: UInt64, shift: Int, queries: Int)] = []
+  private var waveFloats = 0
+
+  private mutating func clear() {
     slices.removeAll(keepingCapacity: true)
     works.removeAll(keepingCapacity: true)
     sequences.removeAll(keepingCapacity: true)
+    queries.removeAll(keepingCapacity: true)
+    phases.removeAll(keepingCapacity: true)
     pieces.removeAll(keepingCapacity: true)
+    restores.removeAll(keepingCapacity: true)
     merges.removeAll(keepingCapacity: true)
     statistics.removeAll(keepingCapacity: true)
     partials.removeAll(keepingCapacity: true)
-    turns.removeAll(keepingCapacity: true)
+    stagedQueries.removeAll(keepingCapacity: true)
+    waves.removeAll(keepingCapacity: true)
+    restored.removeAll(keepingCapacity: true)
+    outputs.removeAll(keepingCapacity: true)
+    logSums.removeAll(keepingCapacity: true)
+    scores.removeAll(keepingCapacity: true)
+    queryBytes = 0
+    sharedFloats = 0
+    waveFloats = 0
     floats = 0
-    for rows in plan.rows {
-      works.append(
-        kv_work(
-          positions: rows.positions.map { UInt64(UInt(bitPattern: $0)) } ?? 0,
-          bias: rows.bias.map { UInt64(UInt(bitPattern: $0)) } ?? 0,
-          score: rows.score.map { UInt64(UInt(bitPattern: $0)) } ?? 0, first_position: Int64(rows.firstPosition),
-          count: UInt32(rows.count), keys: add(rows.keys, plan), key_slices: UInt32(rows.keys.count),
-          values: add(rows.values, plan), value_slices: UInt32(rows.values.count)))
-    }
+  }
+
+  /// - Parameters:
+  ///   - memory: the device memory that offsets of floats count in.
+  ///   - region: the device memory these descriptions will be copied to.
+  ///   - whole: one turn a sequence, whatever its length.
+  mutating func describe(
+    _ plan: AttentionPlan, staging: [Staging], memory: UnsafeMutableRawPointer, region: UnsafeMutableRawPointer,
+    whole: Bool = false
+  ) {
+    clear()
+    self.staging = staging
+    self.memory = UInt64(UInt(bitPattern: memory))
+    self.region = UInt64(UInt(bitPattern: region))
+    for index in plan.sequences.indices { stage(index, plan) }
+    results = 0..<sharedFloats
+    tables.begin(at: self.region + UInt64(queryBytes))
     for index in plan.sequences.indices {
-      let sequence = plan.sequences[index]
-      let scored = sequence.work.contains { plan.rows[$0].score != nil }
-      let most = whole ? sequence.tokens : scored ? CUDADescriptions.scoredTokens : CUDADescriptions.plainTokens
-      var first = 0
-      while first < sequence.tokens {
-        let end = min(first + most, sequence.tokens)
-        addTurn(first..<end, of: index, plan)
-        first = end
+      for work in plan.sequences[index].work { addWork(work, of: index, plan) }
+    }
+    // The turns of a sequence add to the same statistics: only those of different sequences run at once.
+    var first = Array(repeating: 0, count: plan.sequences.count)
+    while true {
+      waveFloats = sharedFloats
+      let before = (phases.count, pieces.count, restores.count, merges.count, statistics.count)
+      var wave = Wave()
+      var any = false
+      for index in plan.sequences.indices where first[index] < plan.sequences[index].tokens {
+        let sequence = plan.sequences[index]
+        let scored = sequence.work.contains { plan.rows[$0].score != nil }
+        let most = whole ? sequence.tokens : scored ? CUDADescriptions.scoredTokens : CUDADescriptions.plainTokens
+        let end = min(first[index] + most, sequence.tokens)
+        addTurn(first[index]..<end, of: index, plan, to: &wave)
+        first[index] = end
+        any = true
+      }
+      if !any { break }
+      floats = max(floats, waveFloats)
+      wave.phases = before.0..<phases.count
+      wave.pieces = before.1..<pieces.count
+      wave.restores = before.2..<restores.count
+      wave.merges = before.3..<merges.count
+      wave.statistics = before.4..<statistics.count
+      waves.append(wave)
+    }
+    floats = max(floats, sharedFloats)
+  }
+
+  private mutating func share(_ count: Int) -> Int {
+    let offset = sharedFloats
+    sharedFloats += (count + 63) / 64 * 64
+    return offset
+  }
+
+  private mutating func take(_ count: Int) -> Int {
+    let offset = waveFloats
+    waveFloats += (count + 63) / 64 * 64
+    return offset
+  }
+
+  private func address(_ offset: Int) -> UInt64 { memory + UInt64(offset * 4) }
+
+  private mutating func stage(_ index: Int, _ plan: AttentionPlan) {
+    let sequence = plan.sequences[index]
+    let heads = sequence.kvHeads * sequence.group
+    stagedQueries.append(staging[index].queries ? queryBytes : -1)
+    if staging[index].queries {
+      queryBytes += (heads * sequence.tokens * sequence.keyDim * sequence.queryType.byteCount + 255) / 256 * 256
+    }
+    outputs.append(staging[index].output ? share(heads * sequence.tokens * sequence.valueDim) : -1)
+    logSums.append(sequence.logSumExp == nil ? -1 : share(heads * sequence.tokens))
+    if !staging[index].scores { return }
+    for work in sequence.work where plan.rows[work].score != nil && plan.rows[work].count > 0 {
+      scores.append((work, share(plan.rows[work].count)))
+    }
+  }
+
+  // MARK: Rows
+
+  private mutating func addWork(_ index: Int, of sequence: Int, _ plan: AttentionPlan) {
+    let rows = plan.rows[index]
+    var positions = rows.positions.map { UInt64(UInt(bitPattern: $0)) } ?? 0
+    var first = Int64(rows.firstPosition)
+    if let last = rows.positions.map({ Int($0[max(rows.count, 1) - 1]) }),
+      plan.sequences[sequence].slidingWindow == 0, rows.count > 0,
+      max(last, rows.highest) <= plan.sequences[sequence].firstPosition
+    {
+      // Every query sees all of them, as nearly always while decoding: positions need not be read.
+      positions = 0
+      first = -Int64(Int32.max)
+    }
+    var work = kv_work(
+      positions: positions, bias: rows.bias.map { UInt64(UInt(bitPattern: $0)) } ?? 0,
+      score: rows.score.map { UInt64(UInt(bitPattern: $0)) } ?? 0, first_position: first, count: UInt32(rows.count),
+      keys: add(rows.keys, plan), key_slices: UInt32(rows.keys.count), values: add(rows.values, plan),
+      value_slices: UInt32(rows.values.count), padding: 0)
+    if let lowRank = rows.lowRank, lowRank.turnsKeys, let rotary = lowRank.rotary, rows.count > 0 {
+      let target = address(share(rows.count * plan.sequences[sequence].keyDim))
+      restoreKeys(of: rows, lowRank, rotary, plan, at: Int(work.keys), to: target, dim: plan.sequences[sequence].keyDim)
+      work.keys = UInt32(slices.count)
+      work.key_slices = 1
+      slices.append(
+        kv_slice(
+          data: target, scale: 0, min: 0, kind: 0, code: 0, dtype: 0, bits: 32, group: 1, factor: 1,
+          dim: UInt32(plan.sequences[sequence].keyDim), first: 0, count: UInt32(rows.count), start: 0))
+    }
+    works.append(work)
+  }
+
+  private mutating func restoreKeys(
+    of rows: RowsWork, _ lowRank: LowRankRows, _ rotary: RotaryEmbedding, _ plan: AttentionPlan, at first: Int,
+    to target: UInt64, dim: Int
+  ) {
+    guard let slice = rows.keys.first else { return }
+    let width = plan.slices[slice].run.dim
+    let list = first..<first + rows.keys.count
+    // Keys of several heads side by side are the same rows for each of them.
+    let shared = restored.first {
+      $0.rows == rows.count && slices[$0.slices.lowerBound].data == slices[first].data
+        && slices[$0.slices.lowerBound].first == slices[first].first
+    }
+    var maps: [(rows: Range<Int>, map: kv_map)] = []
+    if shared == nil {
+      var start = 0
+      for index in rows.keys {
+        let end = start + plan.slices[index].count
+        if let map = plan.slices[index].run.map { maps.append((start..<end, tables.map(map))) }
+        start = end
       }
     }
+    restored.append(
+      RestoredRows(
+        slices: list, rows: rows.count, width: width, table: shared?.table ?? address(share(rows.count * width)),
+        isFirst: shared == nil, maps: maps, basis: lowRank.keyBasis?.kernelBasis(mean: lowRank.keyMean),
+        channel: lowRank.keyChannels?.lowerBound ?? 0, dim: dim,
+        positions: rows.positions.map { UInt64(UInt(bitPattern: $0)) } ?? 0,
+        firstPosition: Int64(rows.firstPosition), rotary: tables.rotary(rotary, rounded: false), target: target))
   }
 
   /// Appends the slices of one list, each knowing the rows before it; returns where they begin.
@@ -78,11 +262,38 @@ struct CUDADescriptions {
     return UInt32(begin)
   }
 
-  private mutating func take(_ count: Int) -> Int {
-    let offset = floats
-    floats += (count + 63) / 64 * 64
-    return offset
+  /// Ranges of rows whose keys lie behind one map, and their values behind one.
+  private mutating func findMaps(_ rows: RowsWork, _ plan: AttentionPlan) {
+    runMaps.removeAll(keepingCapacity: true)
+    let isRestored = rows.lowRank?.turnsKeys ?? false
+    var key = rows.keys.lowerBound
+    var value = rows.values.lowerBound
+    var keyEnd = isRestored || rows.keys.isEmpty ? rows.count : plan.slices[key].count
+    var valueEnd = rows.values.isEmpty ? rows.count : plan.slices[value].count
+    while true {
+      let maps = (
+        keys: isRestored || rows.keys.isEmpty ? nil : plan.slices[key].run.map,
+        values: rows.values.isEmpty ? nil : plan.slices[value].run.map
+      )
+      let end = min(keyEnd, valueEnd)
+      if let last = runMaps.last, last.keys == maps.keys, last.values == maps.values {
+        runMaps[runMaps.count - 1].end = end
+      } else {
+        runMaps.append((maps.keys, maps.values, end))
+      }
+      if end >= rows.count { return }
+      if keyEnd == end {
+        key += 1
+        keyEnd += plan.slices[key].count
+      }
+      if valueEnd == end {
+        value += 1
+        valueEnd += plan.slices[value].count
+      }
+    }
   }
+
+  // MARK: Turns
 
   /// Rows of one piece: whole tiles, at most 64 pieces a head.
   private static func pieceRows(_ count: Int, _ sequence: SequenceWork) -> Int {
@@ -91,44 +302,33 @@ struct CUDADescriptions {
     return max(4, (count + 64 * tile - 1) / (64 * tile)) * tile
   }
 
-  private mutating func addTurn(_ tokens: Range<Int>, of index: Int, _ plan: AttentionPlan) {
+  private mutating func addTurn(_ tokens: Range<Int>, of index: Int, _ plan: AttentionPlan, to wave: inout Wave) {
     let sequence = plan.sequences[index]
     let number = sequences.count
     let m = tokens.count * sequence.group
-    let queries = take(sequence.kvHeads * m * sequence.keyDim)
-    // Addresses of outputs are known once the memory is; see `CUDABackend.attend`.
+    wave.queryRows = max(wave.queryRows, m)
+    let stride = outputs[index] < 0 ? sequence.outputTokenStride : sequence.valueDim
+    let output =
+      outputs[index] < 0
+      ? UInt64(UInt(bitPattern: sequence.output + tokens.lowerBound * stride))
+      : address(outputs[index] + tokens.lowerBound * stride)
     sequences.append(
       kv_sequence(
-        output: 0, log_sum_exp: 0,
+        output: output, log_sum_exp: logSums[index] < 0 ? 0 : address(logSums[index] + tokens.lowerBound),
         first_position: sequence.firstPosition == .max ? .max : Int64(sequence.firstPosition + tokens.lowerBound),
-        output_head_stride: 0, output_token_stride: 0, scale: sequence.scale, softcap: sequence.softcap,
-        sliding_window: UInt32(sequence.slidingWindow), tokens: UInt32(tokens.count), group: UInt32(sequence.group),
-        key_dim: UInt32(sequence.keyDim), value_dim: UInt32(sequence.valueDim)))
-    let firsts = (pieces: pieces.count, merges: merges.count, statistics: statistics.count)
-    var longest = 0
+        output_head_stride: Int64(outputs[index] < 0 ? sequence.outputHeadStride : sequence.tokens * stride),
+        output_token_stride: Int64(stride), log_stride: Int64(sequence.tokens), scale: sequence.scale,
+        softcap: sequence.softcap, sliding_window: UInt32(sequence.slidingWindow), tokens: UInt32(tokens.count),
+        group: UInt32(sequence.group), key_dim: UInt32(sequence.keyDim), value_dim: UInt32(sequence.valueDim),
+        padding: 0))
     var work = sequence.work.lowerBound
     for head in 0..<sequence.kvHeads {
       let firstPartial = partials.count
       let totals = take(2 * m)
+      let own = addQueries(head: head, tokens: tokens, sequence, staged: stagedQueries[index])
+      prepared.removeAll(keepingCapacity: true)
       while work < sequence.work.upperBound, plan.rows[work].kvHead == head {
-        let rows = plan.rows[work]
-        var kept: Int?
-        if rows.score != nil, rows.count > 0 {
-          // Query rows before the observed ones leave nothing.
-          let first = max(0, sequence.observedFrom - tokens.lowerBound) * sequence.group
-          if first < m {
-            let offset = take(m * rows.count)
-            kept = offset
-            statistics.append(
-              kv_statistic(
-                work: UInt32(work), rows: UInt32(m - first), kept: UInt64(offset + first * rows.count),
-                totals: UInt64(totals + 2 * first)))
-            longest = max(longest, rows.count)
-          }
-        }
-        addPieces(
-          of: work, turn: number, sequence, rows: rows.count, m: m,
-          queries: queries + head * m * sequence.keyDim, kept: kept)
+        addRows(work, turn: number, tokens, sequence, plan, queries: own, m: m, totals: totals, to: &wave)
         work += 1
       }
       for row in 0..<m {
@@ -139,59 +339,143 @@ struct CUDADescriptions {
             total: UInt64(totals + 2 * row)))
       }
     }
-    turns.append(
-      Turn(
-        pieces: firsts.pieces..<pieces.count, merges: firsts.merges..<merges.count,
-        statistics: firsts.statistics..<statistics.count, longestStatistic: longest, queries: queries,
-        sequence: index, tokens: tokens))
+  }
+
+  /// The queries of one KV head as they lie with the engine, or staged before the descriptions.
+  private mutating func addQueries(
+    head: Int, tokens: Range<Int>, _ sequence: SequenceWork, staged: Int
+  ) -> Int {
+    let headStride = staged < 0 ? sequence.queryHeadStride : sequence.tokens * sequence.keyDim
+    let tokenStride = staged < 0 ? sequence.queryTokenStride : sequence.keyDim
+    let base = staged < 0 ? UInt64(UInt(bitPattern: sequence.queries)) : region + UInt64(staged)
+    let offset = (head * sequence.group * headStride + tokens.lowerBound * tokenStride) * sequence.queryType.byteCount
+    queries.append(
+      kv_queries(
+        base: base + UInt64(offset), shift: 0, token_stride: Int64(tokenStride), member_stride: Int64(headStride),
+        type: UInt32(sequence.queryType.rawValue), dim: UInt32(sequence.keyDim), group: UInt32(sequence.group),
+        padding: 0))
+    return queries.count - 1
+  }
+
+  private mutating func addRows(
+    _ work: Int, turn: Int, _ tokens: Range<Int>, _ sequence: SequenceWork, _ plan: AttentionPlan, queries own: Int,
+    m: Int, totals: Int, to wave: inout Wave
+  ) {
+    let rows = plan.rows[work]
+    if rows.count == 0 { return }
+    var kept: Int?
+    if rows.score != nil {
+      // Query rows before the observed ones leave nothing.
+      let first = max(0, sequence.observedFrom - tokens.lowerBound) * sequence.group
+      if first < m {
+        let offset = take(m * rows.count)
+        kept = offset
+        let place = scores.first { $0.work == work }?.offset
+        let isFirst = max(sequence.observedFrom, 0) >= tokens.lowerBound
+        statistics.append(
+          kv_statistic(
+            score: place.map { address($0) } ?? works[work].score, kept: UInt64(offset + first * rows.count),
+            totals: UInt64(totals + 2 * first), count: UInt32(rows.count), rows: UInt32(m - first),
+            reduction: sequence.reduction == .max ? 1 : 0, fresh: place != nil && isFirst ? 1 : 0, shares: 0,
+            entropy: 0, variance: 0, past: 0, padding: 0))
+        wave.longestStatistic = max(wave.longestStatistic, rows.count)
+      }
+    }
+    let isRestored = rows.lowRank?.turnsKeys ?? false
+    let keyBasis = isRestored ? nil : rows.lowRank?.keyBasis
+    let valueBasis = sequence.valueDim == 0 ? nil : rows.lowRank?.valueBasis
+    let valueDim = valueBasis?.capacity ?? sequence.valueDim
+    findMaps(rows, plan)
+    var first = 0
+    let ranges = runMaps
+    for range in ranges {
+      var queries = own
+      if range.keys != nil || keyBasis != nil || (rows.shift != 0 && sequence.rotary != nil) {
+        queries = prepare(own, rows, keyBasis, map: range.keys, sequence, tokens, m: m)
+      }
+      let valueMap = sequence.valueDim == 0 ? 0 : range.values.map { tables.address(of: $0) } ?? 0
+      let length = CUDADescriptions.pieceRows(range.end - first, sequence)
+      for start in stride(from: first, to: range.end, by: length) {
+        let partial = take(m * (2 + valueDim))
+        var final = partial
+        if valueMap != 0 || valueBasis != nil {
+          if valueBasis != nil { final = take(m * (2 + sequence.valueDim)) }
+          restores.append(
+            kv_restore(
+              from: UInt64(partial), to: UInt64(final), map: valueMap,
+              basis: valueBasis.map { tables.address(of: $0, mean: rows.lowRank?.valueMean) } ?? 0, rows: UInt32(m),
+              dim: UInt32(valueDim)))
+        }
+        partials.append(UInt64(final))
+        addPieces(
+          work, turn: turn, rows: start..<min(start + length, range.end), m: m, queries: queries, partial: partial,
+          valueDim: valueDim, kept: kept)
+      }
+      first = range.end
+    }
   }
 
   private mutating func addPieces(
-    of work: Int, turn: Int, _ sequence: SequenceWork, rows: Int, m: Int, queries: Int, kept: Int?
+    _ work: Int, turn: Int, rows: Range<Int>, m: Int, queries: Int, partial: Int, valueDim: Int, kept: Int?
   ) {
-    let length = CUDADescriptions.pieceRows(rows, sequence)
     let queryRows = KV_QUERY_ROWS
     let channels = KV_CHANNELS
-    for first in stride(from: 0, to: rows, by: length) {
-      let partial = take(m * (2 + sequence.valueDim))
-      partials.append(UInt64(partial))
-      for row in stride(from: 0, to: m, by: queryRows) {
-        // Where only weights are wanted there is one block without channels.
-        for channel in stride(from: 0, to: max(sequence.valueDim, 1), by: channels) {
-          pieces.append(
-            kv_piece(
-              work: UInt32(work), sequence: UInt32(turn), first: UInt32(first),
-              end: UInt32(min(first + length, rows)), row: UInt32(row), rows: UInt32(min(queryRows, m - row)),
-              channel: UInt32(channel), channels: UInt32(min(channels, sequence.valueDim - channel)),
-              queries: UInt64(queries), partial: UInt64(partial), kept: kept.map(UInt64.init) ?? .max))
-        }
+    for row in stride(from: 0, to: m, by: queryRows) {
+      // Where only weights are wanted there is one block without channels.
+      for channel in stride(from: 0, to: max(valueDim, 1), by: channels) {
+        pieces.append(
+          kv_piece(
+            work: UInt32(work), sequence: UInt32(turn), first: UInt32(rows.lowerBound), end: UInt32(rows.upperBound),
+            row: UInt32(row), rows: UInt32(min(queryRows, m - row)), channel: UInt32(channel),
+            channels: UInt32(min(channels, valueDim - channel)), queries: UInt32(queries),
+            value_dim: UInt32(valueDim), partial: UInt64(partial), kept: kept.map(UInt64.init) ?? .max))
       }
     }
   }
 
-  // MARK: Addresses, once they are known
-
-  mutating func setOutput(
-    turn: Int, address: UnsafeMutablePointer<Float>, headStride: Int, tokenStride: Int,
-    logSumExp: UnsafeMutablePointer<Float>?
-  ) {
-    sequences[turn].output = UInt64(UInt(bitPattern: address))
-    sequences[turn].output_head_stride = Int64(headStride)
-    sequences[turn].output_token_stride = Int64(tokenStride)
-    sequences[turn].log_sum_exp = logSumExp.map { UInt64(UInt(bitPattern: $0)) } ?? 0
-  }
-
-  /// Turns offsets of queries into addresses.
-  mutating func setQueries(memory: UnsafeMutablePointer<Float>) {
-    for index in pieces.indices {
-      pieces[index].queries = UInt64(UInt(bitPattern: memory + Int(pieces[index].queries)))
+  /// Queries of one head on their way to rows that lie behind a map, are latents, or count as later.
+  private mutating func prepare(
+    _ own: Int, _ rows: RowsWork, _ basis: RowRun?, map: UnsafePointer<MapDescriptor>?, _ sequence: SequenceWork,
+    _ tokens: Range<Int>, m: Int
+  ) -> Int {
+    let later = sequence.rotary == nil ? 0 : rows.shift
+    let mapAddress = map.map { tables.address(of: $0) } ?? 0
+    let basisAddress = basis.map { tables.address(of: $0, mean: rows.lowRank?.keyMean) } ?? 0
+    if let known = prepared.first(where: {
+      $0.map == mapAddress && $0.basis == basisAddress && $0.shift == later
+    }) {
+      return known.queries
     }
+    let dim = basis?.capacity ?? sequence.keyDim
+    let target = take(m * dim)
+    let isShifted = map?.pointee.offsets != nil || (basis != nil && rows.lowRank?.keyMean != nil)
+    let to = kv_queries(
+      base: address(target), shift: isShifted ? address(take(m)) : 0, token_stride: Int64(sequence.group * dim),
+      member_stride: Int64(dim), type: 0, dim: UInt32(dim), group: UInt32(sequence.group), padding: 0)
+    var rotary: UInt64 = 0
+    if later != 0, let own = sequence.rotary {
+      rotary = tables.address(of: own, rounded: own.angleProduct == .f32)
+    }
+    phases.append(
+      kv_phase(
+        from: queries[own], to: to, map: mapAddress, basis: basisAddress, rotary: rotary,
+        position: sequence.firstPosition == .max ? .max : Int64(sequence.firstPosition + tokens.lowerBound),
+        later: Int64(later), scale: sequence.scale, rows: UInt32(m)))
+    queries.append(to)
+    prepared.append((mapAddress, basisAddress, later, queries.count - 1))
+    return queries.count - 1
   }
 
-  /// Queries of one work item that lie somewhere else: those that were turned for it.
-  mutating func setQueries(work: Int, turn: Int, address: UnsafeMutablePointer<Float>) {
-    for index in turns[turn].pieces where pieces[index].work == work {
-      pieces[index].queries = UInt64(UInt(bitPattern: address))
-    }
+  /// Windows: what of a statistic lies behind the descriptions.
+  mutating func setWindow(_ index: Int, shares: UInt64, entropy: UInt64, variance: UInt64, past: Int) {
+    statistics[index].shares = shares
+    statistics[index].entropy = entropy
+    statistics[index].variance = variance
+    statistics[index].past = UInt32(past)
   }
+}
+
+extension LowRankRows {
+  /// Whether keys are rows only after they were turned to their positions.
+  var turnsKeys: Bool { rotary != nil && (keyBasis != nil || keyChannels != nil) }
 }

@@ -9,11 +9,14 @@ final class CUDASession: Sendable {
   /// A table of functions in static memory, and a handle that the driver allows on any thread.
   nonisolated(unsafe) private let driver: UnsafePointer<ckv_cuda_driver>
   nonisolated(unsafe) private let handle: UnsafeMutableRawPointer
-  nonisolated(unsafe) private let kernels: [CUDAKernel: UnsafeMutableRawPointer]
+  /// By the kernel's raw value.
+  nonisolated(unsafe) private let kernels: [UnsafeMutableRawPointer?]
   let card: String
   let capability: Int
   /// The first error of a call that had nobody to tell. A card's context is lost after one; later calls say so.
   private let failure = Mutex<KVError?>(nil)
+  /// Whether something was queued since the stream was waited for.
+  private let isBusy = Atomic<Bool>(false)
 
   init(
     _ driver: UnsafePointer<ckv_cuda_driver>, device: Int, context: UnsafeMutableRawPointer?,
@@ -26,7 +29,7 @@ final class CUDASession: Sendable {
     guard let handle else { throw KVError(.unavailable, "the CUDA driver opened device \(device) without a context") }
     self.handle = handle
 
-    var kernels: [CUDAKernel: UnsafeMutableRawPointer] = [:]
+    var kernels = [UnsafeMutableRawPointer?](repeating: nil, count: CUDAKernel.allCases.count)
     var capability: Int32 = 0
     var memory = 0
     var name = [CChar](repeating: 0, count: 256)
@@ -47,8 +50,8 @@ final class CUDASession: Sendable {
         for kernel in members {
           var function: UnsafeMutableRawPointer?
           try CUDASession.check(
-            driver, driver.pointee.function(handle, loaded, kernel.rawValue, &function), "finding \(kernel.rawValue)")
-          kernels[kernel] = function
+            driver, driver.pointee.function(handle, loaded, kernel.name, &function), "finding \(kernel.name)")
+          kernels[kernel.rawValue] = function
         }
       }
     } catch {
@@ -111,54 +114,113 @@ final class CUDASession: Sendable {
   /// Keeps an error for the next call that can throw.
   func record(_ error: KVError) { failure.withLock { if $0 == nil { $0 = error } } }
 
+  /// The driver waits for kernels that may still use device memory.
   func release(_ base: UnsafeMutableRawPointer) {
     keep(driver.pointee.release(handle, UInt64(UInt(bitPattern: base))), "releasing device memory")
   }
 
   func releaseHost(_ base: UnsafeMutableRawPointer) {
+    if isBusy.load(ordering: .relaxed) { synchronize() }
     keep(driver.pointee.release_host(handle, base), "releasing pinned memory")
   }
 
   func copy(to target: UnsafeMutableRawPointer, from source: UnsafeRawPointer, _ bytes: Int) {
     if bytes == 0 { return }
+    isBusy.store(true, ordering: .relaxed)
     keep(
       driver.pointee.copy(handle, UInt64(UInt(bitPattern: target)), UInt64(UInt(bitPattern: source)), bytes),
       "copying \(bytes) bytes")
   }
 
-  /// Queues a kernel. `arguments` are copied by the driver before the call returns.
-  func launch(_ kernel: CUDAKernel, x: Int, y: Int = 1, _ arguments: inout [UnsafeMutableRawPointer?]) {
+  /// Queues a kernel. Its arguments are copied by the driver before the call returns.
+  func launch<each Argument: BitwiseCopyable>(
+    _ kernel: CUDAKernel, x: Int, y: Int = 1, _ arguments: repeat each Argument
+  ) {
     if x == 0 || y == 0 { return }
-    keep(
-      driver.pointee.launch(
-        handle, kernels[kernel], UInt32(x), UInt32(y), UInt32(KV_THREADS), &arguments),
-      "launching \(kernel.rawValue)")
+    isBusy.store(true, ordering: .relaxed)
+    withUnsafeTemporaryAllocation(byteCount: 512, alignment: 16) { room in
+      withUnsafeTemporaryAllocation(of: UnsafeMutableRawPointer?.self, capacity: 16) { list in
+        var offset = 0
+        var count = 0
+        func add<Value: BitwiseCopyable>(_ value: Value) {
+          offset = (offset + 15) / 16 * 16
+          precondition(offset + MemoryLayout<Value>.size <= room.count && count < list.count, "too many arguments")
+          room.storeBytes(of: value, toByteOffset: offset, as: Value.self)
+          list[count] = room.baseAddress.map { $0 + offset }
+          offset += MemoryLayout<Value>.size
+          count += 1
+        }
+        repeat add(each arguments)
+        keep(
+          driver.pointee.launch(
+            handle, kernels[kernel.rawValue], UInt32(x), UInt32(y), UInt32(KV_THREADS), list.baseAddress),
+          "launching \(kernel.name)")
+      }
+    }
   }
 
-  func synchronize() { keep(driver.pointee.synchronize(handle), "waiting for the stream") }
+  func synchronize() {
+    isBusy.store(false, ordering: .relaxed)
+    keep(driver.pointee.synchronize(handle), "waiting for the stream")
+  }
 
   /// Whether kernels can read and write there: device, managed or pinned memory.
   func accessible(_ address: UnsafeRawPointer) -> Bool { driver.pointee.accessible(handle, address) }
 }
 
-/// The kernels, by the names they have in the sources.
-enum CUDAKernel: String {
-  case attend = "kv_attend"
-  case finish = "kv_finish"
-  case statistics = "kv_statistics"
-  case window = "kv_window"
-  case nonfinite = "kv_nonfinite"
-  case write = "kv_write_rows"
-  case read = "kv_read_rows"
-  case toDense = "kv_to_dense"
-  case toChannel = "kv_to_channel"
-  case toRow = "kv_to_row"
-  case loadQueries = "kv_load_queries"
+/// The kernels.
+enum CUDAKernel: Int, CaseIterable {
+  // attend.cu
+  case prepare, attend, restorePartials, finish, statistics, window
+  // rows.cu
+  case nonfinite, write, read, map, gather
+  case toDense, toChannel, toRow, toCodes, toZeroNumbers, toZeroRow, toScaled, toBlocks
+  // measure.cu
+  case channelRange, compare, normalise, nearest, turn, mix, scan, addRows, restoreRows, turnChannels
+
+  /// The name in the sources.
+  var name: String {
+    switch self {
+    case .prepare: "kv_prepare"
+    case .attend: "kv_attend"
+    case .restorePartials: "kv_restore_partials"
+    case .finish: "kv_finish"
+    case .statistics: "kv_statistics"
+    case .window: "kv_window"
+    case .nonfinite: "kv_nonfinite"
+    case .write: "kv_write_rows"
+    case .read: "kv_read_rows"
+    case .map: "kv_map_rows"
+    case .gather: "kv_gather"
+    case .toDense: "kv_to_dense"
+    case .toChannel: "kv_to_channel"
+    case .toRow: "kv_to_row"
+    case .toCodes: "kv_to_codes"
+    case .toZeroNumbers: "kv_to_zero_numbers"
+    case .toZeroRow: "kv_to_zero_row"
+    case .toScaled: "kv_to_scaled_rows"
+    case .toBlocks: "kv_to_blocks"
+    case .channelRange: "kv_channel_range"
+    case .compare: "kv_compare"
+    case .normalise: "kv_normalise"
+    case .nearest: "kv_nearest"
+    case .turn: "kv_turn_rows"
+    case .mix: "kv_mix"
+    case .scan: "kv_scan"
+    case .addRows: "kv_add_rows"
+    case .restoreRows: "kv_restore_rows"
+    case .turnChannels: "kv_turn_channels"
+    }
+  }
 
   static let modules: [(String, [CUDAKernel])] = [
-    ("attend", [.attend, .finish, .statistics, .window]),
-    ("rows", [.nonfinite, .write, .read, .toDense, .toChannel, .toRow, .loadQueries]),
+    ("attend", members(.prepare, .window)), ("rows", members(.nonfinite, .toBlocks)),
+    ("measure", members(.channelRange, .turnChannels)),
   ]
+
+  private static func members(_ first: CUDAKernel, _ last: CUDAKernel) -> [CUDAKernel] {
+    allCases.filter { $0.rawValue >= first.rawValue && $0.rawValue <= last.rawValue }
+  }
 }
 
 /// Memory that is reused from call to call and grows to the largest.
@@ -180,9 +242,39 @@ struct CUDAScratch {
     return fresh
   }
 
+  /// Whether that many bytes are there already.
+  func holds(_ count: Int) -> Bool { base != nil && capacity >= count }
+
   mutating func free(_ session: CUDASession) {
     if let base { pinned ? session.releaseHost(base) : session.release(base) }
     base = nil
     capacity = 0
+  }
+}
+
+/// Pinned memory for the short lists that kernels read while the host goes on. Waits for the stream only when it has been
+/// used up.
+struct CUDARing {
+  private var memory = CUDAScratch(pinned: true)
+  private var used = 0
+  private var size = 0
+
+  /// Memory that nothing queued uses; it stays as it is until the stream has passed what is queued next.
+  mutating func bytes(_ count: Int, _ session: CUDASession) throws(KVError) -> UnsafeMutableRawPointer {
+    let wanted = (count + 255) / 256 * 256
+    if used + wanted > size {
+      session.synchronize()
+      used = 0
+      size = max(size, 1 << 18, 4 * wanted)
+    }
+    let base = try memory.bytes(size, session)
+    defer { used += wanted }
+    return base + used
+  }
+
+  mutating func free(_ session: CUDASession) {
+    memory.free(session)
+    size = 0
+    used = 0
   }
 }

@@ -1,5 +1,6 @@
 // Threads of a block are fibres: each runs until a barrier or a shuffle, then the next one. Blocks run one after the
-// other, which every kernel must allow anyway. Device memory is host memory; what is not accessible on a card (memory
+// other, which every kernel must allow anyway. Device memory is memory that the processor may touch inside kernels and
+// copies only: code of the host that reads it faults here as it would on a card. What is not accessible on a card (memory
 // of the engine that was never pinned) is refused by `accessible`, so that staging runs here too.
 #include "cuda_emulation.h"
 #include "../../Sources/CKVCUDA/include/ckv_cuda.h"
@@ -12,7 +13,10 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
+#include <csetjmp>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #define KV_EMULATED 1
@@ -32,30 +36,48 @@ enum class Waiting { no, warp, block };
 
 struct Fibre {
   ucontext_t context;
+  std::jmp_buf place;
   std::vector<char> stack;
-  bool done;
-  Waiting waiting;
+  bool started = false;
+  bool done = true;
+  Waiting waiting = Waiting::no;
 };
 
 struct Block {
   std::vector<Fibre> fibres;
-  ucontext_t scheduler;
+  std::jmp_buf scheduler;
   unsigned current = 0;
   std::function<void()> body;
   float exchange[1024];
 } block;
 
+// Back to the scheduler; returns when the fibre is run again. Jumps, because contexts cost a system call each time.
+void leave(Fibre &fibre) {
+  if (_setjmp(fibre.place) == 0) _longjmp(block.scheduler, 1);
+}
+
+// A fibre lives on: it runs one block after the other.
 void run_fibre() {
-  block.body();
-  block.fibres[block.current].done = true;
-  swapcontext(&block.fibres[block.current].context, &block.scheduler);
+  for (;;) {
+    block.body();
+    Fibre &fibre = block.fibres[block.current];
+    fibre.done = true;
+    leave(fibre);
+  }
+}
+
+void enter(Fibre &fibre) {
+  if (_setjmp(block.scheduler) != 0) return;
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  setcontext(&fibre.context);
 }
 
 // Stops the running thread until the others of its warp or block have come to the same barrier.
 void wait_for(Waiting others) {
-  unsigned own = block.current;
-  block.fibres[own].waiting = others;
-  swapcontext(&block.fibres[own].context, &block.scheduler);
+  Fibre &own = block.fibres[block.current];
+  own.waiting = others;
+  leave(own);
 }
 
 // Lets threads first ..< end go on if all that still run wait at the same kind of barrier.
@@ -70,12 +92,10 @@ bool release(unsigned first, unsigned end, Waiting kind) {
   return any;
 }
 
-void run_block(unsigned threads) {
-  block.fibres.resize(threads);
-  for (unsigned i = 0; i < threads; i++) {
-    Fibre &fibre = block.fibres[i];
-    fibre.done = false;
-    fibre.waiting = Waiting::no;
+void make_fibres(unsigned threads) {
+  if (block.fibres.size() >= threads) return;
+  block.fibres = std::vector<Fibre>(threads);
+  for (Fibre &fibre : block.fibres) {
     fibre.stack.resize(64 * 1024);
     getcontext(&fibre.context);
     fibre.context.uc_stack.ss_sp = fibre.stack.data();
@@ -83,18 +103,26 @@ void run_block(unsigned threads) {
     fibre.context.uc_link = nullptr;
     makecontext(&fibre.context, run_fibre, 0);
   }
+}
+
+void run_block(unsigned threads) {
+  make_fibres(threads);
+  for (unsigned i = 0; i < threads; i++) {
+    block.fibres[i].done = false;
+    block.fibres[i].waiting = Waiting::no;
+  }
   for (;;) {
     bool running = false;
     for (unsigned i = 0; i < threads; i++) {
       if (block.fibres[i].done || block.fibres[i].waiting != Waiting::no) continue;
       block.current = i;
       threadIdx.x = i;
-      swapcontext(&block.scheduler, &block.fibres[i].context);
+      enter(block.fibres[i]);
       running = true;
     }
     bool left = false, released = release(0, threads, Waiting::block);
     for (unsigned w = 0; w < threads; w += 32) released = release(w, w + 32, Waiting::warp) || released;
-    for (const Fibre &fibre : block.fibres) left = left || !fibre.done;
+    for (unsigned i = 0; i < threads; i++) left = left || !block.fibres[i].done;
     if (!left) return;
     if (!running && !released) {
       // On a card this block would hang.
@@ -106,7 +134,12 @@ void run_block(unsigned threads) {
 
 }  // namespace
 
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
 static void __syncthreads() { wait_for(Waiting::block); }
+static void __syncwarp() { wait_for(Waiting::warp); }
 
 static float __shfl_xor_sync(unsigned, float x, int mask) {
   unsigned thread = threadIdx.x;
@@ -149,34 +182,127 @@ static inline float kv_float(uint32_t bits) {
 }
 
 #include "../../Sources/CKVCUDA/kernels/attend.cu"
+#include "../../Sources/CKVCUDA/kernels/measure.cu"
 #include "../../Sources/CKVCUDA/kernels/rows.cu"
 
 namespace {
 
 std::recursive_mutex lock;
-std::map<uintptr_t, size_t> allocations;  // device and pinned memory
+struct Allocation {
+  size_t bytes;
+  bool pinned;
+};
+std::map<uintptr_t, Allocation> allocations;  // device and pinned memory
 std::atomic<long> failing{-1};
 std::atomic<size_t> allocated{0};
 
-using Call = void (*)(void **);
+// Makes a call of a kernel from the addresses of its arguments, which are copied as the driver copies them.
+using Call = std::function<void()> (*)(void **);
 
 template <typename... Arguments, size_t... I>
-void apply(void (*kernel)(Arguments...), void **a, std::index_sequence<I...>) {
-  kernel(*(std::remove_reference_t<Arguments> *)a[I]...);
+std::function<void()> bound(void (*kernel)(Arguments...), void **a, std::index_sequence<I...>) {
+  std::tuple<Arguments...> values(*(std::remove_reference_t<Arguments> *)a[I]...);
+  return [=] { std::apply(kernel, values); };
 }
 
 template <auto kernel> struct Trampoline;
 template <typename... Arguments, void (*kernel)(Arguments...)> struct Trampoline<kernel> {
-  static void call(void **a) { apply(kernel, a, std::index_sequence_for<Arguments...>()); }
+  static std::function<void()> call(void **a) { return bound(kernel, a, std::index_sequence_for<Arguments...>()); }
 };
 
+#define KERNEL(name) {#name, Trampoline<name>::call}
 const std::map<std::string, Call> kernels = {
-    {"kv_attend", Trampoline<kv_attend>::call},         {"kv_finish", Trampoline<kv_finish>::call},
-    {"kv_statistics", Trampoline<kv_statistics>::call}, {"kv_window", Trampoline<kv_window>::call},
-    {"kv_nonfinite", Trampoline<kv_nonfinite>::call},
-    {"kv_write_rows", Trampoline<kv_write_rows>::call}, {"kv_read_rows", Trampoline<kv_read_rows>::call},
-    {"kv_to_dense", Trampoline<kv_to_dense>::call},     {"kv_to_channel", Trampoline<kv_to_channel>::call},
-    {"kv_to_row", Trampoline<kv_to_row>::call},         {"kv_load_queries", Trampoline<kv_load_queries>::call},
+    KERNEL(kv_attend),
+    KERNEL(kv_finish),
+    KERNEL(kv_prepare),
+    KERNEL(kv_restore_partials),
+    KERNEL(kv_statistics),
+    KERNEL(kv_window),
+    KERNEL(kv_nonfinite),
+    KERNEL(kv_write_rows),
+    KERNEL(kv_read_rows),
+    KERNEL(kv_map_rows),
+    KERNEL(kv_gather),
+    KERNEL(kv_to_dense),
+    KERNEL(kv_to_channel),
+    KERNEL(kv_to_row),
+    KERNEL(kv_to_codes),
+    KERNEL(kv_to_zero_numbers),
+    KERNEL(kv_to_zero_row),
+    KERNEL(kv_to_scaled_rows),
+    KERNEL(kv_to_blocks),
+    KERNEL(kv_channel_range),
+    KERNEL(kv_compare),
+    KERNEL(kv_normalise),
+    KERNEL(kv_nearest),
+    KERNEL(kv_turn_rows),
+    KERNEL(kv_mix),
+    KERNEL(kv_scan),
+    KERNEL(kv_add_rows),
+    KERNEL(kv_restore_rows),
+    KERNEL(kv_turn_channels),
+};
+
+// Device memory: pages that nobody may touch but kernels and copies.
+class Card {
+public:
+  // Opens the memory for as long as it lives.
+  struct Access {
+    Access() { card().protect(PROT_READ | PROT_WRITE); }
+    ~Access() { card().protect(PROT_NONE); }
+  };
+
+  static Card &card() {
+    static Card card;
+    return card;
+  }
+
+  void *take(size_t bytes) {
+    const size_t size = (bytes + 255) / 256 * 256;
+    for (auto free = gaps.begin(); free != gaps.end(); ++free) {
+      if (free->second < size) continue;
+      const auto gap = *free;
+      gaps.erase(free);
+      if (gap.second > size) gaps[gap.first + size] = gap.second - size;
+      return base + gap.first;
+    }
+    if (end + size > total) return nullptr;
+    end += size;
+    return base + end - size;
+  }
+
+  void give(void *address, size_t bytes) {
+    size_t start = (char *)address - base, size = (bytes + 255) / 256 * 256;
+    auto next = gaps.lower_bound(start);
+    if (next != gaps.end() && next->first == start + size) {
+      size += next->second;
+      next = gaps.erase(next);
+    }
+    if (next != gaps.begin()) {
+      --next;
+      if (next->first + next->second == start) {
+        next->second += size;
+        return;
+      }
+    }
+    gaps[start] = size;
+  }
+
+private:
+  static constexpr size_t total = (size_t)1 << 34;
+  char *base;
+  size_t end = 0;
+  std::map<size_t, size_t> gaps;
+  unsigned open = 0;
+
+  Card() : base((char *)mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
+    if (base == MAP_FAILED) abort();
+  }
+
+  void protect(int mode) {
+    if (mode == PROT_NONE ? --open > 0 : open++ > 0) return;
+    if (end && mprotect(base, end, mode)) abort();
+  }
 };
 
 int open_session(int ordinal, void *, void *, void **session) {
@@ -208,40 +334,81 @@ int function(void *, void *module, const char *name, void **result) {
   return 0;
 }
 
-int take(size_t bytes, void **address) {
+// What was queued and not waited for. It runs as late as a card might run it.
+std::vector<std::function<void()>> queue;
+
+void drain() {
+  if (queue.empty()) return;
+  Card::Access access;
+  std::vector<std::function<void()>> work;
+  work.swap(queue);
+  for (auto &call : work) call();
+}
+
+int take(size_t bytes, bool pinned, void **address) {
   std::lock_guard guard(lock);
   if (failing >= 0 && failing-- == 0) return 2;
   void *base = nullptr;
-  if (posix_memalign(&base, 256, bytes ? bytes : 1)) return 2;
+  if (pinned ? posix_memalign(&base, 256, bytes ? bytes : 1) : !(base = Card::card().take(bytes))) return 2;
+  Card::Access access;
   memset(base, 0xA5, bytes);  // a card's memory is not zero either
-  allocations[(uintptr_t)base] = bytes;
+  allocations[(uintptr_t)base] = {bytes, pinned};
   allocated += bytes;
   *address = base;
   return 0;
 }
 
-int give(void *address) {
+int give(void *address, bool pinned) {
   std::lock_guard guard(lock);
   auto found = allocations.find((uintptr_t)address);
-  if (found == allocations.end()) return 1;
-  allocated -= found->second;
+  if (found == allocations.end() || found->second.pinned != pinned) return 1;
+  allocated -= found->second.bytes;
+  pinned ? free(address) : Card::card().give(address, found->second.bytes);
   allocations.erase(found);
-  free(address);
   return 0;
 }
 
 int allocate(void *, size_t bytes, uint64_t *address) {
   void *base;
-  int code = take(bytes, &base);
+  int code = take(bytes, false, &base);
   if (!code) *address = (uint64_t)(uintptr_t)base;
   return code;
 }
-int release(void *, uint64_t address) { return give((void *)(uintptr_t)address); }
-int allocate_host(void *, size_t bytes, void **address) { return take(bytes, address); }
-int release_host(void *, void *address) { return give(address); }
+int release(void *, uint64_t address) {
+  std::lock_guard guard(lock);
+  drain();  // as a driver does
+  return give((void *)(uintptr_t)address, false);
+}
+int allocate_host(void *, size_t bytes, void **address) { return take(bytes, true, address); }
+int release_host(void *, void *address) {
+  std::lock_guard guard(lock);
+  if (!queue.empty()) {
+    fprintf(stderr, "cuda emulation: pinned memory is released while work is queued\n");
+    abort();
+  }
+  return give(address, true);
+}
 
+bool accessible(void *, const void *address) {
+  std::lock_guard guard(lock);
+  auto found = allocations.upper_bound((uintptr_t)address);
+  if (found == allocations.begin()) return false;
+  --found;
+  return (uintptr_t)address < found->first + found->second.bytes;
+}
+
+// Ordinary memory is read before the call returns, and written before it returns.
 int copy(void *, uint64_t target, uint64_t source, size_t bytes) {
-  memmove((void *)(uintptr_t)target, (const void *)(uintptr_t)source, bytes);
+  std::lock_guard guard(lock);
+  void *to = (void *)(uintptr_t)target;
+  const void *from = (const void *)(uintptr_t)source;
+  if (accessible(nullptr, from)) {
+    queue.push_back([=] { memmove(to, from, bytes); });
+  } else {
+    std::vector<char> copy((const char *)from, (const char *)from + bytes);
+    queue.push_back([=] { memcpy(to, copy.data(), bytes); });
+  }
+  if (!accessible(nullptr, to)) drain();
   return 0;
 }
 
@@ -249,25 +416,23 @@ int launch(void *, void *opaque, uint32_t grid_x, uint32_t grid_y, uint32_t thre
   std::lock_guard guard(lock);
   // A grid or block of nothing is an error on a card.
   if (grid_x == 0 || grid_y == 0 || grid_y > 65535 || threads == 0 || threads > 1024) return 1;
-  auto entry = (const std::pair<const std::string, Call> *)opaque;
-  block.body = [&] { entry->second(arguments); };
-  gridDim = {grid_x, grid_y};
-  for (unsigned y = 0; y < grid_y; y++)
-    for (unsigned x = 0; x < grid_x; x++) {
-      blockIdx = {x, y};
-      run_block(threads);
-    }
+  auto call = ((const std::pair<const std::string, Call> *)opaque)->second(arguments);
+  queue.push_back([=] {
+    block.body = call;
+    gridDim = {grid_x, grid_y};
+    for (unsigned y = 0; y < grid_y; y++)
+      for (unsigned x = 0; x < grid_x; x++) {
+        blockIdx = {x, y};
+        run_block(threads);
+      }
+  });
   return 0;
 }
 
-int synchronize(void *) { return 0; }
-
-bool accessible(void *, const void *address) {
+int synchronize(void *) {
   std::lock_guard guard(lock);
-  auto found = allocations.upper_bound((uintptr_t)address);
-  if (found == allocations.begin()) return false;
-  --found;
-  return (uintptr_t)address < found->first + found->second;
+  drain();
+  return 0;
 }
 
 const char *error_name(int code) { return code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_EMULATED"; }

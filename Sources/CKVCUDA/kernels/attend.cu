@@ -1,33 +1,94 @@
-// Attention over rows in any encoding, in three launches: partials of pieces of rows, their merge, statistics.
+// Attention over rows in any encoding, in launches one after the other: queries on their way to the rows, partials of
+// pieces of rows, partials back to the model's channels, their merge, statistics. Most calls need the second and the
+// fourth only.
 //
 // Work is cut by shapes alone and partials are merged in row order, so the bits do not depend on the batch or the card.
 #include "device.cuh"
 
-// A tile of rows and channels as f32 in shared memory; one column of padding against bank conflicts.
+KV_DEVICE uint64_t kv_query_at(const kv_queries &q, uint32_t row) {
+  return row / q.group * q.token_stride + row % q.group * q.member_stride;
+}
+
+// Queries turned, multiplied by a basis, mapped: one block a query row (y) of a phase (x). A key that is a latent times a
+// basis: its logit is (basis q) . latent + q . mean. A row behind a map is y = (P H S x - offset) / factor: with
+// r = P H S q its logit is (factor r) . y + r . offset.
+KV_KERNEL kv_prepare(const kv_phase *phases) {
+  KV_SHARED float row[KV_MOST_CHANNELS], moved[KV_MOST_CHANNELS];
+  KV_SHARED float room[KV_THREADS / 32];
+  const kv_phase phase = phases[blockIdx.x];
+  const uint32_t j = blockIdx.y;
+  if (j >= phase.rows) return;
+  uint32_t dim = phase.from.dim;
+  const uint64_t source = kv_query_at(phase.from, j);
+  KV_EACH(c, dim) row[c] = kv_load((const void *)phase.from.base, phase.from.type, source + c);
+  __syncthreads();
+  if (phase.rotary) {
+    const kv_rotary rotary = *(const kv_rotary *)phase.rotary;
+    // Only the difference matters; queries that see everything have no position of their own.
+    const int64_t own = phase.position == KV_EVERY_ROW ? phase.later : phase.position + j / phase.from.group;
+    KV_EACH(p, rotary.pairs) kv_turn_pair(rotary, row, p, own, own - phase.later);
+    __syncthreads();
+  }
+  float shift = 0;
+  if (phase.basis) {
+    const kv_basis basis = *(const kv_basis *)phase.basis;
+    for (uint32_t r = threadIdx.x / 32; r < basis.rank; r += KV_THREADS / 32) {
+      float sum = 0;
+      for (uint32_t c = threadIdx.x % 32; c < dim; c += 32)
+        sum += row[c] * kv_load((const void *)basis.data, basis.dtype, (uint64_t)r * dim + c);
+      sum = kv_warp_sum(sum);
+      if (threadIdx.x % 32 == 0) moved[r] = sum;
+    }
+    if (basis.mean) KV_EACH(c, dim) shift += row[c] * ((const float *)basis.mean)[c];
+    __syncthreads();
+    dim = basis.rank;
+    KV_EACH(c, dim) row[c] = moved[c];
+    __syncthreads();
+  }
+  float *target = (float *)phase.to.base + kv_query_at(phase.to, j);
+  if (phase.map) {
+    const kv_map map = *(const kv_map *)phase.map;
+    kv_rotate(map, row, moved);
+    KV_EACH(c, dim) {
+      float x = row[c];
+      if (map.offset) shift += x * kv_load((const void *)map.offset, map.dtype, c);
+      if (map.factor) x = kv_mul(x, kv_load((const void *)map.factor, map.dtype, c));
+      target[c] = x;
+    }
+  } else {
+    KV_EACH(c, dim) target[c] = row[c];
+  }
+  if (!phase.to.shift) return;
+  shift = kv_block_sum(shift, room);
+  if (threadIdx.x == 0) ((float *)phase.to.shift)[j] = phase.scale * shift;
+}
+
+// A tile of rows and channels as f32 in shared memory; one column of padding against bank conflicts. Two threads a row:
+// which slice and format it is in is looked up once for half its channels.
 KV_DEVICE void kv_load_tile(const kv_slice *slices, uint32_t count, uint32_t first, uint32_t rows, uint32_t channel,
                             uint32_t channels, float *tile) {
-  const uint32_t pitch = KV_TILE_CHANNELS + 1;
-  for (uint32_t i = threadIdx.x; i < rows * KV_TILE_CHANNELS; i += KV_THREADS) {
-    uint32_t r = i / KV_TILE_CHANNELS, c = i % KV_TILE_CHANNELS;
-    if (c >= channels) continue;
-    const kv_slice &s = kv_slice_of(slices, count, first + r);
-    tile[r * pitch + c] = kv_element(s, s.first + first + r - s.start, channel + c);
-  }
+  const uint32_t pitch = KV_TILE_CHANNELS + 1, half = KV_TILE_CHANNELS / 2;
+  const uint32_t r = threadIdx.x / 2, begin = threadIdx.x % 2 * half;
+  if (r >= rows || begin >= channels) return;
+  const uint32_t end = channels < begin + half ? channels : begin + half;
+  const kv_slice s = kv_slice_of(slices, count, first + r);
+  const uint32_t row = s.first + first + r - s.start;
+  for (uint32_t c = begin; c < end; c++) tile[r * pitch + c] = kv_element(s, row, channel + c);
 }
 
 // Partials of one piece: max, sum and accumulators per query row, relative to the piece's own maximum.
 KV_KERNEL kv_attend(const kv_piece *pieces, const kv_sequence *sequences, const kv_work *works, const kv_slice *slices,
-                    float *memory) {
+                    const kv_queries *all_queries, float *memory) {
   KV_SHARED float tile[KV_TILE_ROWS * (KV_TILE_CHANNELS + 1)];
   KV_SHARED float query[KV_QUERY_ROWS * KV_TILE_CHANNELS];
   KV_SHARED float weight[KV_QUERY_ROWS * KV_TILE_ROWS];
-  KV_SHARED float maximum[KV_QUERY_ROWS], total[KV_QUERY_ROWS], shrink[KV_QUERY_ROWS];
+  KV_SHARED float maximum[KV_QUERY_ROWS], total[KV_QUERY_ROWS], shrink[KV_QUERY_ROWS], shift[KV_QUERY_ROWS];
 
   const kv_piece piece = pieces[blockIdx.x];
   const kv_sequence sequence = sequences[piece.sequence];
   const kv_work work = works[piece.work];
+  const kv_queries queries = all_queries[piece.queries];
   const uint32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32, pitch = KV_TILE_CHANNELS + 1;
-  const float *queries = (const float *)piece.queries + (uint64_t)piece.row * sequence.key_dim;
 
   // A thread owns value channels thread and thread + KV_THREADS of every query row.
   float sum[KV_QUERY_ROWS][KV_CHANNELS / KV_THREADS];
@@ -36,6 +97,7 @@ KV_KERNEL kv_attend(const kv_piece *pieces, const kv_sequence *sequences, const 
   if (thread < KV_QUERY_ROWS) {
     maximum[thread] = -KV_INFINITY;
     total[thread] = 0;
+    shift[thread] = queries.shift && thread < piece.rows ? ((const float *)queries.shift)[piece.row + thread] : 0;
   }
 
   for (uint32_t first = piece.first; first < piece.end; first += KV_TILE_ROWS) {
@@ -44,14 +106,16 @@ KV_KERNEL kv_attend(const kv_piece *pieces, const kv_sequence *sequences, const 
     const uint32_t row = thread % KV_TILE_ROWS, part = thread / KV_TILE_ROWS, parts = KV_THREADS / KV_TILE_ROWS;
     float logit[KV_QUERY_ROWS];
     for (uint32_t j = 0; j < KV_QUERY_ROWS; j++) logit[j] = 0;
-    for (uint32_t channel = 0; channel < sequence.key_dim; channel += KV_TILE_CHANNELS) {
-      const uint32_t left = sequence.key_dim - channel;
+    for (uint32_t channel = 0; channel < queries.dim; channel += KV_TILE_CHANNELS) {
+      const uint32_t left = queries.dim - channel;
       const uint32_t channels = left < KV_TILE_CHANNELS ? left : KV_TILE_CHANNELS;
       __syncthreads();
       kv_load_tile(slices + work.keys, work.key_slices, first, rows, channel, channels, tile);
       for (uint32_t i = thread; i < piece.rows * KV_TILE_CHANNELS; i += KV_THREADS) {
         const uint32_t j = i / KV_TILE_CHANNELS, c = i % KV_TILE_CHANNELS;
-        query[i] = c < channels ? queries[(uint64_t)j * sequence.key_dim + channel + c] : 0;
+        query[i] = c < channels ? kv_load((const void *)queries.base, queries.type,
+                                          kv_query_at(queries, piece.row + j) + channel + c)
+                                : 0;
       }
       __syncthreads();
       if (row < rows)
@@ -67,7 +131,7 @@ KV_KERNEL kv_attend(const kv_piece *pieces, const kv_sequence *sequences, const 
       if (work.bias) bias = ((const float *)work.bias)[first + row];
     }
     for (uint32_t j = part; j < piece.rows; j += parts) {
-      float x = logit[j] * sequence.scale;
+      float x = logit[j] * sequence.scale + shift[j];
       if (sequence.softcap > 0) x = sequence.softcap * tanhf(x / sequence.softcap);
       x += bias;
       if (sequence.first_position != KV_EVERY_ROW) {
@@ -133,8 +197,47 @@ KV_KERNEL kv_attend(const kv_piece *pieces, const kv_sequence *sequences, const 
     for (uint32_t slot = 0; slot < KV_CHANNELS / KV_THREADS; slot++) {
       const uint32_t c = slot * KV_THREADS + thread;
       if (c < piece.channels)
-        partial[2 * m + (uint64_t)(piece.row + j) * sequence.value_dim + piece.channel + c] = sum[j][slot];
+        partial[2 * m + (uint64_t)(piece.row + j) * piece.value_dim + piece.channel + c] = sum[j][slot];
     }
+}
+
+// Accumulators over rows behind a map, or over latents, as accumulators over rows of the model: one block a query row (y)
+// of an item (x).
+KV_KERNEL kv_restore_partials(const kv_restore *items, float *memory) {
+  KV_SHARED float row[KV_MOST_CHANNELS], moved[KV_MOST_CHANNELS];
+  const kv_restore item = items[blockIdx.x];
+  const uint32_t j = blockIdx.y, m = item.rows;
+  if (j >= m) return;
+  const float total = memory[item.from + m + j];
+  const float *sums = memory + item.from + 2 * m + (uint64_t)j * item.dim;
+  KV_EACH(c, item.dim) row[c] = sums[c];
+  if (item.map) {
+    const kv_map map = *(const kv_map *)item.map;
+    KV_EACH(c, map.dim) {
+      float x = row[c];
+      if (map.factor) x = kv_mul(x, kv_load((const void *)map.factor, map.dtype, c));
+      if (map.offset) x += total * kv_load((const void *)map.offset, map.dtype, c);
+      row[c] = x;
+    }
+    __syncthreads();
+    kv_rotate_back(map, row, moved);
+  }
+  __syncthreads();
+  if (!item.basis) {
+    KV_EACH(c, item.dim) memory[item.to + 2 * m + (uint64_t)j * item.dim + c] = row[c];
+    return;
+  }
+  const kv_basis basis = *(const kv_basis *)item.basis;
+  KV_EACH(c, basis.dim) {
+    float x = basis.mean ? total * ((const float *)basis.mean)[c] : 0;
+    for (uint32_t r = 0; r < basis.rank; r++)
+      x += row[r] * kv_load((const void *)basis.data, basis.dtype, (uint64_t)r * basis.dim + c);
+    memory[item.to + 2 * m + (uint64_t)j * basis.dim + c] = x;
+  }
+  if (threadIdx.x == 0) {
+    memory[item.to + j] = memory[item.from + j];
+    memory[item.to + m + j] = total;
+  }
 }
 
 // Merges the partials of one query row in row order and writes its output.
@@ -161,44 +264,70 @@ KV_KERNEL kv_finish(const kv_merge *merges, const kv_sequence *sequences, const 
   }
   if (threadIdx.x == 0) {
     if (sequence.log_sum_exp)
-      ((float *)sequence.log_sum_exp)[head * sequence.tokens + token] = sum > 0 ? top + logf(sum) : -KV_INFINITY;
+      ((float *)sequence.log_sum_exp)[head * sequence.log_stride + token] = sum > 0 ? top + logf(sum) : -KV_INFINITY;
     memory[merge.total] = top;
     memory[merge.total + 1] = sum;
   }
 }
 
-// Adds to each row of a work item the probability it received, summed over its query rows in order.
-KV_KERNEL kv_statistics(const kv_statistic *statistics, const kv_work *works, const float *memory) {
-  const kv_statistic statistic = statistics[blockIdx.y];
-  const kv_work work = works[statistic.work];
-  const uint32_t row = blockIdx.x * KV_THREADS + threadIdx.x;
-  if (row >= work.count) return;
-  float sum = 0;
-  for (uint32_t j = 0; j < statistic.rows; j++) {
-    const float top = memory[statistic.totals + 2 * j], total = memory[statistic.totals + 2 * j + 1];
-    const float x = memory[statistic.kept + (uint64_t)j * work.count + row];
-    if (total > 0 && x != -KV_INFINITY) sum += expf(x - top) / total;
-  }
-  ((float *)work.score)[row] += sum;
+// The probability that query row j gave a row, 0 for a row it does not see.
+KV_DEVICE float kv_probability(const kv_statistic &s, const float *memory, uint32_t j, uint32_t row) {
+  const float top = memory[s.totals + 2 * j], total = memory[s.totals + 2 * j + 1];
+  const float x = memory[s.kept + (uint64_t)j * s.count + row];
+  return total > 0 && x != -KV_INFINITY ? expf(x - top) / total : 0;
 }
 
-// Column sums of a window: the probability each row received from every query head, summed over the window's tokens,
-// then reduced over the heads of the group: 0 mean, 1 maximum, 2 sum.
-KV_KERNEL kv_window(const kv_statistic *statistics, const kv_work *works, const float *memory, uint32_t group,
-                    uint32_t reduction) {
-  const kv_statistic statistic = statistics[blockIdx.y];
-  const kv_work work = works[statistic.work];
-  const uint32_t row = blockIdx.x * KV_THREADS + threadIdx.x;
-  if (row >= work.count) return;
-  float result = reduction == 1 ? -KV_INFINITY : 0;
-  for (uint32_t member = 0; member < group; member++) {
-    float sum = 0;
-    for (uint32_t j = member; j < statistic.rows; j += group) {
-      const float top = memory[statistic.totals + 2 * j], total = memory[statistic.totals + 2 * j + 1];
-      const float x = memory[statistic.kept + (uint64_t)j * work.count + row];
-      if (total > 0 && x != -KV_INFINITY) sum += expf(x - top) / total;
-    }
-    result = reduction == 1 ? fmaxf(result, sum) : result + sum;
+// Adds to each row of a work item the probability it received, over its query rows in order, or keeps the largest.
+KV_KERNEL kv_statistics(const kv_statistic *statistics, const float *memory) {
+  const kv_statistic statistic = statistics[blockIdx.x];
+  const uint32_t row = blockIdx.y * KV_THREADS + threadIdx.x;
+  if (row >= statistic.count) return;
+  float *score = (float *)statistic.score + row, sum = 0;
+  for (uint32_t j = 0; j < statistic.rows; j++) {
+    const float p = kv_probability(statistic, memory, j, row);
+    sum = statistic.reduction ? fmaxf(sum, p) : sum + p;
   }
-  ((float *)work.score)[row] = reduction == 0 ? result / group : result;
+  if (!statistic.fresh) sum = statistic.reduction ? fmaxf(*score, sum) : *score + sum;
+  *score = sum;
+}
+
+// Columns of a window: what each row received from every query head over the window's tokens, reduced over the heads of
+// the group. Query row j is token j / group, member j % group.
+KV_KERNEL kv_window(const kv_statistic *statistics, const float *memory, kv_window_rule rule) {
+  const kv_statistic statistic = statistics[blockIdx.x];
+  const uint32_t row = blockIdx.y * KV_THREADS + threadIdx.x, group = rule.group;
+  if (row >= statistic.count) return;
+  const kv_share *shares = (const kv_share *)statistic.shares;
+  const bool past = row < statistic.past;
+  float result = rule.reduction == 1 ? -KV_INFINITY : 0, entropy = 0, variance = 0;
+  for (uint32_t member = 0; member < group; member++) {
+    float sum = 0, spread = 0, origin = 0;
+    for (uint32_t j = member; j < statistic.rows; j += group) {
+      const float p = kv_probability(statistic, memory, j, row);
+      if (statistic.entropy && past) entropy -= p * logf(p + 1e-10f);
+      if (rule.statistic == 2) {
+        sum = fmaxf(sum, p);
+      } else if (rule.statistic == 3) {
+        sum += row < shares[j / group].visible && p < shares[j / group].share ? 1.0f : 0.0f;
+      } else {
+        // Moments around what the first query gave.
+        if (j < group) origin = p;
+        sum += p;
+        spread += (p - origin) * (p - origin);
+      }
+    }
+    float own = 0;
+    if (rule.window > 1 && rule.statistic < 2) {
+      const float offset = sum - (float)rule.window * origin;
+      own = fmaxf(0, spread - offset * offset / (float)rule.window) / (float)(rule.window - 1);
+    }
+    if (past) variance += own;
+    if (rule.statistic == 1) sum = sum / (float)rule.window + rule.gamma * own;
+    result = rule.reduction == 1 ? fmaxf(result, sum) : result + sum;
+  }
+  ((float *)statistic.score)[row] = rule.reduction == 0 ? result / group : result;
+  if (statistic.entropy) {
+    ((float *)statistic.entropy)[row] = entropy;
+    ((float *)statistic.variance)[row] = variance;
+  }
 }

@@ -3,8 +3,7 @@
 
 // The first NaN or infinite element in head, token, channel order; `place` starts at ~0.
 KV_KERNEL kv_nonfinite(kv_view view, unsigned long long *place) {
-  const uint64_t count = (uint64_t)view.heads * view.tokens * view.dim;
-  for (uint64_t i = (uint64_t)blockIdx.x * KV_THREADS + threadIdx.x; i < count; i += (uint64_t)gridDim.x * KV_THREADS) {
+  KV_GRID(i, (uint64_t)view.heads * view.tokens * view.dim) {
     const uint64_t c = i % view.dim, t = i / view.dim % view.tokens, h = i / view.dim / view.tokens;
     if (!kv_finite(kv_load((const void *)view.base, view.type, h * view.head_stride + t * view.token_stride + c)))
       atomicMin(place, (unsigned long long)i);
@@ -15,29 +14,85 @@ KV_KERNEL kv_nonfinite(kv_view view, unsigned long long *place) {
 KV_KERNEL kv_write_rows(const kv_write *writes, kv_view view, unsigned long long *place) {
   const kv_write write = writes[blockIdx.y];
   const kv_slice s = write.slice;
-  const uint64_t count = (uint64_t)s.count * s.dim;
-  for (uint64_t i = (uint64_t)blockIdx.x * KV_THREADS + threadIdx.x; i < count; i += (uint64_t)gridDim.x * KV_THREADS) {
+  KV_GRID(i, (uint64_t)s.count * s.dim) {
     const uint64_t t = i / s.dim, c = i % s.dim;
     const float x = kv_load((const void *)view.base, view.type,
                             write.head * view.head_stride + (write.token + t) * view.token_stride + c);
-    kv_store((void *)s.data, s.dtype, (s.first + t) * s.dim + c, x);
-    bool fits = kv_finite(s.dtype == KV_F16 ? kv_half(kv_to_half(x)) : s.dtype == KV_BF16 ? kv_float((uint32_t)kv_to_bfloat(x) << 16) : x);
+    const uint64_t at = (s.first + t) * s.dim + c;
+    kv_store((void *)s.data, s.dtype, at, x);
+    const float held = kv_load((const void *)s.data, s.dtype, at);
+    bool fits = kv_finite(held);
     if (write.range == 1) fits = fits && kv_finite(kv_half(kv_to_half(x)));
-    if (write.range == 2) fits = fits && fabsf(x) <= 1.7014117e38f;
+    if (write.range == 2) fits = fits && fabsf(held) <= write.limit;
     if (!fits) atomicMin(place, (unsigned long long)blockIdx.y << 40 | i);
   }
 }
 
-// Rows of a list of slices as f32.
+// Rows of a list of slices as f32, as they are encoded: before their map is undone.
 KV_KERNEL kv_read_rows(const kv_slice *slices, uint32_t count, uint32_t rows, float *out, uint64_t stride) {
   const uint32_t dim = slices[0].dim;
-  const uint64_t total = (uint64_t)rows * dim;
-  for (uint64_t i = (uint64_t)blockIdx.x * KV_THREADS + threadIdx.x; i < total; i += (uint64_t)gridDim.x * KV_THREADS) {
+  KV_GRID(i, (uint64_t)rows * dim) {
     const uint32_t r = (uint32_t)(i / dim), c = (uint32_t)(i % dim);
-    const kv_slice &s = kv_slice_of(slices, count, r);
-    out[r * stride + c] = kv_element(s, s.first + r - s.start, c);
+    out[r * stride + c] = kv_source(slices, count, r, c);
   }
 }
+
+// Rows of f32 behind a map, or back from behind it: one block a row. `numbers` 0 leaves factor and offset out.
+KV_KERNEL kv_map_rows(float *rows, uint64_t stride, kv_map map, uint32_t back, uint32_t numbers) {
+  KV_SHARED float row[KV_MOST_CHANNELS], moved[KV_MOST_CHANNELS];
+  float *target = rows + blockIdx.x * stride;
+  const bool scaled = numbers && map.factor, shifted = numbers && map.offset;
+  if (back) {
+    KV_EACH(c, map.dim) {
+      float x = target[c];
+      if (scaled) x = kv_mul(x, kv_load((const void *)map.factor, map.dtype, c));
+      if (shifted) x = kv_add(x, kv_load((const void *)map.offset, map.dtype, c));
+      row[c] = x;
+    }
+    __syncthreads();
+    kv_rotate_back(map, row, moved);
+    KV_EACH(c, map.dim) target[c] = row[c];
+    return;
+  }
+  KV_EACH(c, map.dim) row[c] = target[c];
+  kv_rotate(map, row, moved);
+  KV_EACH(c, map.dim) {
+    float x = row[c];
+    if (shifted) x = kv_add(x, -kv_load((const void *)map.offset, map.dtype, c));
+    if (scaled) {
+      const float factor = kv_load((const void *)map.factor, map.dtype, c);
+      x = factor == 0 ? 0 : kv_div(x, factor);
+    }
+    target[c] = x;
+  }
+}
+
+// Copies units of rows as they are, codes and numbers: a unit is a row, or the rows of a group. `payload`, `scale` and
+// `min` are bytes of a unit, `rows` its rows, `width` the bytes moved at a time. One warp a unit.
+KV_DEVICE void kv_copy_bytes(uint64_t to, uint64_t from, uint32_t bytes, uint32_t width) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (width == 16) {
+    for (uint32_t i = lane; i < bytes / 16; i += 32) ((uint4 *)to)[i] = ((const uint4 *)from)[i];
+  } else if (width == 4) {
+    for (uint32_t i = lane; i < bytes / 4; i += 32) ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
+  } else {
+    for (uint32_t i = lane; i < bytes; i += 32) ((uint8_t *)to)[i] = ((const uint8_t *)from)[i];
+  }
+}
+
+KV_KERNEL kv_gather(const kv_slice *slices, uint32_t count, kv_slice to, uint32_t rows, uint32_t payload, uint32_t scale,
+                    uint32_t min, uint32_t width) {
+  const uint32_t units = to.count / rows, warps = gridDim.x * (KV_THREADS / 32);
+  for (uint32_t u = blockIdx.x * (KV_THREADS / 32) + threadIdx.x / 32; u < units; u += warps) {
+    const kv_slice &s = kv_slice_of(slices, count, u * rows);
+    const uint64_t from = (s.first + u * rows - s.start) / rows, target = to.first / rows + u;
+    kv_copy_bytes(to.data + target * payload, s.data + from * payload, payload, width);
+    kv_copy_bytes(to.scale + target * scale, s.scale + from * scale, scale, scale % 4 ? 1 : 4);
+    kv_copy_bytes(to.min + target * min, s.min + from * min, min, min % 4 ? 1 : 4);
+  }
+}
+
+// ---- encoding -------------------------------------------------------------------------------------------------------
 
 // Scale and minimum as they are stored, and as decoding will read them.
 KV_DEVICE void kv_affine(const kv_slice &to, float low, float high, uint64_t at, float *scale, float *min) {
@@ -57,16 +112,10 @@ KV_DEVICE uint32_t kv_code_of(float x, float scale, float min, float levels) {
   return (uint32_t)kv_round(t);
 }
 
-KV_DEVICE float kv_source(const kv_slice *slices, uint32_t count, uint32_t r, uint32_t c) {
-  const kv_slice &s = kv_slice_of(slices, count, r);
-  return kv_element(s, s.first + r - s.start, c);
-}
-
 // Writes the rows of `slices` as dense elements from row `to.first` on. A decoded code can exceed the value it was made
 // from by half a step: near the end of the f16 range that would be infinity.
 KV_KERNEL kv_to_dense(const kv_slice *slices, uint32_t count, kv_slice to) {
-  const uint64_t total = (uint64_t)to.count * to.dim;
-  for (uint64_t i = (uint64_t)blockIdx.x * KV_THREADS + threadIdx.x; i < total; i += (uint64_t)gridDim.x * KV_THREADS) {
+  KV_GRID(i, (uint64_t)to.count * to.dim) {
     float x = kv_source(slices, count, (uint32_t)(i / to.dim), (uint32_t)(i % to.dim));
     if (to.dtype == KV_F16) x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
     kv_store((void *)to.data, to.dtype, (uint64_t)to.first * to.dim + i, x);
@@ -75,9 +124,8 @@ KV_KERNEL kv_to_dense(const kv_slice *slices, uint32_t count, kv_slice to) {
 
 // One thread a channel of a group: minimum and maximum over its tokens, then its words.
 KV_KERNEL kv_to_channel(const kv_slice *slices, uint32_t count, kv_slice to) {
-  const uint64_t total = (uint64_t)(to.count / to.group) * to.dim;
   const uint32_t words = kv_group_words(to.group, to.bits), plane = to.bits == 3 ? 2 : to.bits, per = 32 / plane;
-  for (uint64_t i = (uint64_t)blockIdx.x * KV_THREADS + threadIdx.x; i < total; i += (uint64_t)gridDim.x * KV_THREADS) {
+  KV_GRID(i, (uint64_t)(to.count / to.group) * to.dim) {
     const uint32_t g = (uint32_t)(i / to.dim), c = (uint32_t)(i % to.dim);
     float low = kv_source(slices, count, g * to.group, c), high = low, scale, min;
     for (uint32_t r = 1; r < to.group; r++) {
@@ -107,38 +155,182 @@ KV_KERNEL kv_to_channel(const kv_slice *slices, uint32_t count, kv_slice to) {
   }
 }
 
-// One thread a row: its groups one after the other, so that no two threads share a word.
+// One warp a row: minimum and maximum of each group over its lanes, then whole words, so that no two lanes share one.
 KV_KERNEL kv_to_row(const kv_slice *slices, uint32_t count, kv_slice to) {
   const uint32_t words = kv_row_words(to.dim, to.bits), groups = (to.dim + to.group - 1) / to.group;
-  const uint32_t plane = to.bits == 3 ? 2 : to.bits, per = 32 / plane, high_words = kv_plane_words(to.dim, 2);
+  const uint32_t plane = to.bits == 3 ? 2 : to.bits, per = 32 / plane, low_words = kv_plane_words(to.dim, plane);
+  const uint32_t lane = threadIdx.x % 32, warps = gridDim.x * (KV_THREADS / 32);
   const float levels = (float)((1u << to.bits) - 1);
-  for (uint32_t r = blockIdx.x * KV_THREADS + threadIdx.x; r < to.count; r += gridDim.x * KV_THREADS) {
-    uint32_t *target = (uint32_t *)to.data + (uint64_t)(to.first + r) * words;
-    for (uint32_t w = 0; w < words; w++) target[w] = 0;
+  for (uint32_t r = blockIdx.x * (KV_THREADS / 32) + threadIdx.x / 32; r < to.count; r += warps) {
+    const kv_slice &s = kv_slice_of(slices, count, r);
+    const uint32_t row = s.first + r - s.start;
+    const uint64_t meta = (uint64_t)(to.first + r) * groups;
     for (uint32_t g = 0; g < groups; g++) {
       const uint32_t begin = g * to.group, end = begin + to.group < to.dim ? begin + to.group : to.dim;
-      float low = kv_source(slices, count, r, begin), high = low, scale, min;
-      for (uint32_t c = begin + 1; c < end; c++) {
-        const float x = kv_source(slices, count, r, c);
+      float low = KV_INFINITY, high = -KV_INFINITY, scale, min;
+      for (uint32_t c = begin + lane; c < end; c += 32) {
+        const float x = kv_element(s, row, c);
         low = x < low ? x : low;
         high = x > high ? x : high;
       }
-      kv_affine(to, low, high, (uint64_t)(to.first + r) * groups + g, &scale, &min);
-      for (uint32_t c = begin; c < end; c++) {
-        const uint32_t code = kv_code_of(kv_source(slices, count, r, c), scale, min, levels);
-        target[c / per] |= (code & ((1u << plane) - 1)) << (c % per * plane);
-        if (to.bits == 3) target[high_words + c / 32] |= code >> 2 << (c % 32);
+      low = -kv_warp_max(-low);
+      high = kv_warp_max(high);
+      if (lane == 0) kv_affine(to, low, high, meta + g, &scale, &min);
+    }
+    __syncwarp();
+    uint32_t *target = (uint32_t *)to.data + (uint64_t)(to.first + r) * words;
+    for (uint32_t w = lane; w < words; w += 32) {
+      const bool top = w >= low_words;
+      const uint32_t first = top ? (w - low_words) * 32 : w * per, codes = top ? 32 : per;
+      uint32_t word = 0;
+      for (uint32_t k = 0; k < codes && first + k < to.dim; k++) {
+        const uint32_t c = first + k;
+        const float scale = kv_load((const void *)to.scale, to.dtype, meta + c / to.group);
+        const float min = kv_load((const void *)to.min, to.dtype, meta + c / to.group);
+        const uint32_t code = kv_code_of(kv_element(s, row, c), scale, min, levels);
+        word |= top ? code >> 2 << k : (code & ((1u << plane) - 1)) << (k * plane);
       }
+      target[w] = word;
     }
   }
 }
 
-// Queries of a view as f32 [KV head][token][group][dim].
-KV_KERNEL kv_load_queries(kv_view view, uint32_t group, float *out) {
-  const uint64_t total = (uint64_t)view.heads * view.tokens * view.dim;
-  for (uint64_t i = (uint64_t)blockIdx.x * KV_THREADS + threadIdx.x; i < total; i += (uint64_t)gridDim.x * KV_THREADS) {
-    const uint64_t c = i % view.dim, member = i / view.dim % group, t = i / view.dim / group % view.tokens;
-    const uint64_t h = i / view.dim / group / view.tokens * group + member;
-    out[i] = kv_load((const void *)view.base, view.type, h * view.head_stride + t * view.token_stride + c);
+// The nearest integer, ties to even, of any finite value, and a value within what a type holds.
+KV_DEVICE float kv_nearest_integer(float x) { return fabsf(x) >= 16777216.0f ? x : kv_round(x); }
+KV_DEVICE float kv_saturated(float x, uint32_t type) {
+  const float most = type == KV_F16 ? 65504.0f : kv_float(type == KV_BF16 ? 0x7f7f0000u : 0x7f7fffffu);
+  return x > most ? most : x < -most ? -most : x;
+}
+
+// Rows around integer zero points: one thread a group of a row, then one thread a word.
+KV_KERNEL kv_to_zero_numbers(const kv_slice *slices, uint32_t count, kv_slice to, float clip, float steps) {
+  const uint32_t groups = (to.dim + to.group - 1) / to.group;
+  KV_GRID(i, (uint64_t)to.count * groups) {
+    const uint32_t r = (uint32_t)(i / groups), begin = (uint32_t)(i % groups) * to.group;
+    const uint32_t end = begin + to.group < to.dim ? begin + to.group : to.dim;
+    const kv_slice &s = kv_slice_of(slices, count, r);
+    float low = kv_element(s, s.first + r - s.start, begin), high = low;
+    for (uint32_t c = begin + 1; c < end; c++) {
+      const float x = kv_element(s, s.first + r - s.start, c);
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+    }
+    low = kv_add(low, 0.0f);
+    high = kv_add(high, 0.0f);
+    const uint64_t at = (uint64_t)to.first * groups + i;
+    const float wanted = kv_div(kv_add(kv_mul(high, clip), -kv_mul(low, clip)), steps);
+    kv_store((void *)to.scale, to.dtype, at, kv_saturated(wanted, to.dtype));
+    const float scale = kv_load((const void *)to.scale, to.dtype, at);
+    // Equal values, or values closer than the type can tell: the least one stands for all.
+    const float zero = scale == 0 ? 0 : kv_nearest_integer(kv_div(kv_mul(-low, clip), scale));
+    kv_store((void *)to.min, to.dtype, at, kv_saturated(scale == 0 ? low : kv_mul(-scale, zero), to.dtype));
+  }
+}
+
+KV_KERNEL kv_to_zero_row(const kv_slice *slices, uint32_t count, kv_slice to, float clip) {
+  const uint32_t words = kv_row_words(to.dim, to.bits), groups = (to.dim + to.group - 1) / to.group;
+  const uint32_t plane = to.bits == 3 ? 2 : to.bits, per = 32 / plane, low_words = kv_plane_words(to.dim, plane);
+  const float levels = (float)((1u << to.bits) - 1);
+  KV_GRID(i, (uint64_t)to.count * words) {
+    const uint32_t r = (uint32_t)(i / words), w = (uint32_t)(i % words);
+    const bool top = w >= low_words;
+    const uint32_t first = top ? (w - low_words) * 32 : w * per, codes = top ? 32 : per;
+    const kv_slice &s = kv_slice_of(slices, count, r);
+    const uint32_t row = s.first + r - s.start;
+    uint32_t word = 0, group = ~0u;
+    float scale = 0, zero = 0;
+    for (uint32_t k = 0; k < codes && first + k < to.dim; k++) {
+      const uint32_t c = first + k;
+      if (c / to.group != group) {
+        // The zero point again, from the least value: what is stored is its product with the scale.
+        group = c / to.group;
+        const uint32_t begin = group * to.group, end = begin + to.group < to.dim ? begin + to.group : to.dim;
+        float low = kv_element(s, row, begin);
+        for (uint32_t i = begin + 1; i < end; i++) {
+          const float x = kv_element(s, row, i);
+          low = x < low ? x : low;
+        }
+        scale = kv_load((const void *)to.scale, to.dtype, (uint64_t)(to.first + r) * groups + group);
+        zero = scale == 0 ? 0 : kv_nearest_integer(kv_div(kv_mul(-kv_add(low, 0.0f), clip), scale));
+      }
+      float code = scale == 0 ? 0 : kv_add(kv_nearest_integer(kv_div(kv_element(s, row, c), scale)), zero);
+      code = code > 0 ? code : 0;
+      const uint32_t held = (uint32_t)(code < levels ? code : levels);
+      word |= top ? held >> 2 << k : (held & ((1u << plane) - 1)) << (k * plane);
+    }
+    ((uint32_t *)to.data)[(uint64_t)to.first * words + i] = word;
+  }
+}
+
+// Rows that were divided already to their codes alone: one thread a word.
+KV_KERNEL kv_to_codes(const kv_slice *slices, uint32_t count, kv_slice to) {
+  const uint32_t words = kv_row_words(to.dim, to.bits), plane = to.bits == 3 ? 2 : to.bits, per = 32 / plane;
+  const uint32_t low_words = kv_plane_words(to.dim, plane);
+  const float levels = (float)((1u << to.bits) - 1);
+  KV_GRID(i, (uint64_t)to.count * words) {
+    const uint32_t r = (uint32_t)(i / words), w = (uint32_t)(i % words);
+    const bool top = w >= low_words;
+    const uint32_t first = top ? (w - low_words) * 32 : w * per, codes = top ? 32 : per;
+    uint32_t word = 0;
+    for (uint32_t k = 0; k < codes && first + k < to.dim; k++) {
+      const uint32_t code = kv_code_of(kv_source(slices, count, r, first + k), 1, 0, levels);
+      word |= top ? code >> 2 << k : (code & ((1u << plane) - 1)) << (k * plane);
+    }
+    ((uint32_t *)to.data)[(uint64_t)to.first * words + i] = word;
+  }
+}
+
+// Channels begin ..< end of a row to codes; a warp. `begin` is even.
+KV_DEVICE void kv_encode_span(const kv_slice &s, uint32_t row, const kv_slice &to, uint32_t target, uint32_t begin,
+                              uint32_t end, float scale) {
+  uint8_t *bytes = (uint8_t *)to.data + (uint64_t)target * kv_row_bytes(to.code, to.dim);
+  if (to.code == KV_INT4) {
+    for (uint32_t b = begin / 2 + threadIdx.x % 32; b < (end + 1) / 2; b += 32) {
+      const uint32_t low = kv_to_scaled(kv_element(s, row, 2 * b), scale, KV_INT4);
+      // The nibble without a channel stands for 0 too.
+      const uint32_t high = 2 * b + 1 < end ? kv_to_scaled(kv_element(s, row, 2 * b + 1), scale, KV_INT4) : 8;
+      bytes[b] = (uint8_t)(low | high << 4);
+    }
+    return;
+  }
+  for (uint32_t c = begin + threadIdx.x % 32; c < end; c += 32)
+    bytes[c] = (uint8_t)kv_to_scaled(kv_element(s, row, c), scale, to.code);
+}
+
+// One warp a row, or the rows that share a scale.
+KV_KERNEL kv_to_scaled_rows(const kv_slice *slices, uint32_t count, kv_slice to) {
+  const uint32_t unit = to.kind == KV_SCALED_BLOCK ? to.group : 1, lane = threadIdx.x % 32;
+  const uint32_t span = to.kind == KV_SCALED_ROW ? to.group : to.dim, groups = (to.dim + span - 1) / span;
+  const uint32_t warps = gridDim.x * (KV_THREADS / 32);
+  for (uint32_t u = blockIdx.x * (KV_THREADS / 32) + threadIdx.x / 32; u < to.count / unit; u += warps)
+    for (uint32_t g = 0; g < groups; g++) {
+      const uint32_t begin = g * span, end = begin + span < to.dim ? begin + span : to.dim;
+      float scale = to.factor;
+      if (to.kind != KV_SCALED_FIXED) {
+        float most = 0;
+        for (uint32_t r = u * unit; r < (u + 1) * unit; r++)
+          for (uint32_t c = begin + lane; c < end; c += 32) most = fmaxf(most, fabsf(kv_source(slices, count, r, c)));
+        most = kv_warp_max(most);
+        const uint64_t at = to.kind == KV_SCALED_BLOCK ? to.first / unit + u : (uint64_t)(to.first + u) * groups + g;
+        if (lane == 0) kv_store((void *)to.scale, to.dtype, at, kv_div(most, kv_scaled_most(to.code)));
+        __syncwarp();
+        scale = kv_load((const void *)to.scale, to.dtype, at);
+      }
+      for (uint32_t r = u * unit; r < (u + 1) * unit; r++) {
+        const kv_slice &s = kv_slice_of(slices, count, r);
+        kv_encode_span(s, s.first + r - s.start, to, to.first + r, begin, end, scale);
+      }
+    }
+}
+
+// One thread a block of 32 channels.
+KV_KERNEL kv_to_blocks(const kv_slice *slices, uint32_t count, kv_slice to) {
+  const uint32_t blocks = to.dim / 32, bytes = kv_block_bytes(to.code);
+  KV_GRID(i, (uint64_t)to.count * blocks) {
+    const uint32_t r = (uint32_t)(i / blocks), b = (uint32_t)(i % blocks);
+    const kv_slice &s = kv_slice_of(slices, count, r);
+    float x[32];
+    for (uint32_t c = 0; c < 32; c++) x[c] = kv_element(s, s.first + r - s.start, 32 * b + c);
+    kv_encode_block(x, to.code, (uint8_t *)to.data + ((uint64_t)to.first * blocks + i) * bytes);
   }
 }
