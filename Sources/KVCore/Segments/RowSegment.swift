@@ -162,6 +162,13 @@ package final class RowSegment: Segment {
     }
   }
 
+  package var largestTaken: (keys: Float, values: Float) {
+    (format.keys.largest(dim: layer.keyDim), format.values.largest(dim: layer.valueDim))
+  }
+
+  // A decoded code beyond what it was made from is brought back to the range where it is written.
+  package var largestHeld: (keys: Float, values: Float) { largestTaken }
+
   package func retract(_ counts: [Int]) {
     for head in heads.indices where counts[head] > 0 { heads[head].removeLast(counts[head]) }
   }

@@ -99,6 +99,10 @@ package protocol Segment: AnyObject {
   /// rows that are here. `observed`: columns of a row.
   /// Changes nothing when memory runs out.
   func absorb(from other: any Segment, slots: [[Int]], observed: Int) throws(KVError)
+  /// The largest magnitudes of elements of keys and values that `absorb` may be given.
+  var largestTaken: (keys: Float, values: Float) { get }
+  /// No element of a row here is larger.
+  var largestHeld: (keys: Float, values: Float) { get }
   /// Takes back the last `counts[h]` rows that `absorb` appended, before anything else happened.
   func retract(_ counts: [Int])
   /// The slices of single slots, for `absorb`.
@@ -109,6 +113,8 @@ package protocol Segment: AnyObject {
 }
 
 extension Segment {
+  package var largestTaken: (keys: Float, values: Float) { (.greatestFiniteMagnitude, .greatestFiniteMagnitude) }
+  package var largestHeld: (keys: Float, values: Float) { (.greatestFiniteMagnitude, .greatestFiniteMagnitude) }
   package func reclaimInPlace() throws(KVError) { try reclaim(eager: true) }
   package var dropsInPlace: Bool { false }
   package func prepareDrop() throws(KVError) {}

@@ -161,6 +161,9 @@ public struct SideFormat: Hashable, Sendable {
     return ownRange(dim: dim)
   }
 
+  /// The largest magnitude of an element that rows may come with.
+  package func largest(dim: Int) -> Float { min(range(dim: dim).largest, window.largestFinite) }
+
   private func ownRange(dim: Int) -> ElementRange {
     guard let body, body.kind != .scaledFixed else { return .window }
     guard let rotation = map.rotation else { return body.type == .f16 || window == .f16 ? .half : .halfOfFloat }

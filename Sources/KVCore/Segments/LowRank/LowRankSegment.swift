@@ -146,6 +146,8 @@ package final class LowRankSegment: JointSegment {
     for head in columns.indices { columns[head].append(slots[head], of: other, head: head) }
   }
 
+  package var largestTaken: (keys: Float, values: Float) { window.largestTaken }
+
   package func retract(_ counts: [Int]) {
     window.retract(counts)
     for head in columns.indices where counts[head] > 0 { columns[head].removeLast(counts[head]) }
