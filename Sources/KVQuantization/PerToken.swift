@@ -5,6 +5,9 @@ public import KVCore
 ///
 /// Needs: nothing but keys and values. Runs: after the prompt, then on every row that leaves the window.
 ///
+/// It is ``quant(keys:values:)`` with the format `token` on both sides, under the name and with the defaults that MiKV's
+/// readers expect.
+///
 /// Rows stand for themselves, so a row can leave, move to another tier and be dropped alone. Keys with outlier channels
 /// lose more than in ``kivi(keyBits:valueBits:group:residual:window:metadata:)``; `balanced` or `rotated` behind it help.
 ///
@@ -28,7 +31,7 @@ extension Store {
       throw KVError(.invalidOption, "pertoken's window must lie in 0...1048576; got \(window)")
     }
     func side(_ bits: Int) throws(KVError) -> SideFormat {
-      try .newest(window, window: type, body: .affinePerToken(bits: bits, group: group, metadata: metadata))
+      try QuantSide.token(bits: bits, group: group, residual: window, window: type, metadata: metadata).sideFormat()
     }
     let valueBits = valueBits ?? keyBits
     let bits = CodeBits(keys: keyBits, values: valueBits).specOptions

@@ -186,7 +186,8 @@ private final class ShortBackend: ComputeBackend {
     let sink = try cache.read(layer: 0, head: 0).keys[32 + 5]
     #expect(sink == 70000)
     // A wider store holds them.
-    let wide = try PolicyRegistry.standard.policy("tiers(shares=[0,1],every=1)+f32+pertoken(bits=4,metadata=f32,type=f32)")
+    let wide = try PolicyRegistry.standard.policy(
+      "tiers(shares=[0,1],every=1)+f32+pertoken(bits=4,metadata=f32,type=f32)")
     let other = try KVCache(shape: geometry.shape(), policy: wide, backend: .cpu(threads: 1))
     var rows = [Float](repeating: 1, count: 2 * 3 * 32)
     rows[0] = 1e9
