@@ -53,12 +53,16 @@ let package = Package(
     // Safetensors, and calibrations in them. No Foundation: policies that name a file are read through it.
     .target(name: "KVTensorFiles", dependencies: ["KVCore"], swiftSettings: settings),
 
+    // Calibrations made of sample texts.
+    .target(
+      name: "KVCalibration", dependencies: ["KVCore", "KVBackendCPU", "KVTensorFiles"], swiftSettings: settings),
+
     // The umbrella: registry of policies by name, and everything re-exported.
     .target(
       name: "KVCompression",
       dependencies: [
         "KVCore", "KVBackendCPU", "KVBackendCUDA", "KVEviction", "KVQuantization", "KVMerging", "KVLowRank",
-        "KVTensorFiles",
+        "KVTensorFiles", "KVCalibration",
       ],
       swiftSettings: settings),
 
@@ -77,7 +81,7 @@ let package = Package(
       dependencies: [
         "CAllocationCounter",
         "KVCompression", "KVCore", "KVBackendCPU", "KVEviction", "KVQuantization", "KVLowRank", "KVMerging",
-        "KVExperiments", "KVTensorFiles",
+        "KVExperiments", "KVTensorFiles", "KVCalibration",
         "CKVKernels",
       ],
       exclude: ["Goldens"], swiftSettings: testSettings),

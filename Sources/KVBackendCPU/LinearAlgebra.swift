@@ -43,6 +43,28 @@ package enum LinearAlgebra {
     return result
   }
 
+  /// Adds aᵀa to the upper triangle of `gram` [columns, columns].
+  package static func addGram(_ a: [Double], rows: Int, columns: Int, to gram: inout [Double]) {
+    precondition(a.count == rows * columns && gram.count == columns * columns, "matrix sizes do not fit their shapes")
+    if rows == 0 || columns == 0 { return }
+    cblas_dsyrk(
+      CblasRowMajor, CblasUpper, CblasTrans, Int32(columns), Int32(rows), 1, a, Int32(columns), 1, &gram,
+      Int32(columns))
+  }
+
+  /// a [rows, columns] times b [columns, width], or times the transpose of b [width, columns], in f64.
+  package static func product64(
+    _ a: [Double], _ b: [Double], rows: Int, columns: Int, width: Int, transposed: Bool = false
+  ) -> [Double] {
+    precondition(a.count == rows * columns && b.count == columns * width, "matrix sizes do not fit their shapes")
+    var result = [Double](repeating: 0, count: rows * width)
+    if result.isEmpty || columns == 0 { return result }
+    cblas_dgemm(
+      CblasRowMajor, CblasNoTrans, transposed ? CblasTrans : CblasNoTrans, Int32(rows), Int32(width), Int32(columns),
+      1, a, Int32(columns), b, Int32(transposed ? columns : width), 0, &result, Int32(width))
+    return result
+  }
+
   /// Eigenvalues, largest first, and orthonormal eigenvectors (row i belongs to value i) of a symmetric matrix. The sign of
   /// a vector is fixed: its entry of largest magnitude is positive.
   ///

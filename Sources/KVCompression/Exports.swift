@@ -1,5 +1,6 @@
 @_exported public import KVBackendCPU
 @_exported public import KVBackendCUDA
+@_exported public import KVCalibration
 @_exported public import KVCore
 @_exported public import KVEviction
 @_exported public import KVLowRank

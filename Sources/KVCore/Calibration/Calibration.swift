@@ -167,21 +167,23 @@ public struct Calibration: Hashable, Sendable {
     return values.map { Int($0) }
   }
 
-  /// An order of the channels for every KV head: the keys' or values' `order`, each channel once.
+  /// Orders of channels, each channel once: the keys' or values' `order`, of every KV head (`units` heads of `width`
+  /// channels) or of a layer's heads side by side (1 unit of all channels).
   ///
-  /// - Throws: as ``integers(_:of:layer:shape:in:)``, and `invalidOption` with the head whose order names a channel twice.
+  /// - Throws: as ``integers(_:of:layer:shape:in:)``, and `invalidOption` with the unit, as head, whose order names a
+  ///   channel twice.
   public func channelOrders(
-    of side: Side, layer: Int, heads: Int, dim: Int
+    of side: Side, layer: Int, units: Int, width: Int
   ) throws(KVError) -> [[Int]] {
-    let all = try integers("order", of: side, layer: layer, shape: [heads, dim], in: 0...max(0, dim - 1))
+    let all = try integers("order", of: side, layer: layer, shape: [units, width], in: 0...max(0, width - 1))
     var orders: [[Int]] = []
-    for head in 0..<heads {
-      let order = Array(all[head * dim..<(head + 1) * dim])
-      guard Set(order).count == dim else {
+    for unit in 0..<units {
+      let order = Array(all[unit * width..<(unit + 1) * width])
+      guard Set(order).count == width else {
         throw KVError(
           .invalidOption,
-          "\(Name(layer: layer, side: side, quantity: "order")): each of \(dim) channels once expected; some are named "
-            + "twice", layer: layer, head: head)
+          "\(Name(layer: layer, side: side, quantity: "order")): each of \(width) channels once expected; some are named "
+            + "twice", layer: layer, head: unit)
       }
       orders.append(order)
     }

@@ -22,7 +22,7 @@ import Testing
     let read = try Calibration(SafeTensorsFile(bytes: bytes))
     #expect(read == made && read.checksum == made.checksum)
     #expect(try read.serialized() == bytes)
-    #expect(try read.channelOrders(of: .keys, layer: 11, heads: 2, dim: 3) == [[2, 0, 1], [0, 1, 2]])
+    #expect(try read.channelOrders(of: .keys, layer: 11, units: 2, width: 3) == [[2, 0, 1], [0, 1, 2]])
     #expect(read.layers(with: "order", of: .keys) == [11] && read.layers(with: "order", of: .values) == [])
     #expect(try read.numbers("basis", of: .keys, layer: 0, shape: [2, nil, 3]).shape == [2, 1, 3])
     #expect(try read.integers("ranks", of: .values, layer: 0, shape: [2], in: 1...2) == [1, 2])
@@ -90,10 +90,10 @@ import Testing
   @Test func answersWithTypedErrors() throws {
     let made = try Self.sample()
     expectError(.missingInput, "layers.3.keys.order", layer: 3) {
-      _ = try made.channelOrders(of: .keys, layer: 3, heads: 2, dim: 3)
+      _ = try made.channelOrders(of: .keys, layer: 3, units: 2, width: 3)
     }
     expectError(.shapeMismatch, "[4, 3] expected; found [2, 3]", layer: 11) {
-      _ = try made.channelOrders(of: .keys, layer: 11, heads: 4, dim: 3)
+      _ = try made.channelOrders(of: .keys, layer: 11, units: 4, width: 3)
     }
     expectError(.shapeMismatch, "integers expected", layer: 0) {
       _ = try made.integers("basis", of: .keys, layer: 0, shape: [2, 1, 3], in: 0...1)
@@ -110,7 +110,7 @@ import Testing
       .init(layer: 2, side: .keys, quantity: "order"): .init(shape: [2, 2], integers: [0, 1, 1, 1])
     ])
     do {
-      _ = try twice.channelOrders(of: .keys, layer: 2, heads: 2, dim: 2)
+      _ = try twice.channelOrders(of: .keys, layer: 2, units: 2, width: 2)
       Issue.record("an order with a channel twice was taken")
     } catch {
       #expect(error.code == .invalidOption && error.layer == 2 && error.head == 1)

@@ -20,7 +20,7 @@ import Testing
       metadata: ["method": "channel-order", "rope": "pre"])
     try orders.write(to: path)
     let loaded = try Calibration(contentsOf: path)
-    print(try loaded.channelOrders(of: .keys, layer: 0, heads: 2, dim: 4)[0])  // [3, 1, 0, 2]
+    print(try loaded.channelOrders(of: .keys, layer: 0, units: 2, width: 4)[0])  // [3, 1, 0, 2]
 
     #expect(loaded == orders && loaded.checksum == orders.checksum)
   }

@@ -86,20 +86,24 @@ package struct Application {
     return result
   }
 
-  /// Layers keep their numbers: those that are not in the dump have no cache.
   private func makeCache() throws(KVError) -> KVCache {
+    try KVCache(
+      shape: Self.shape(of: dump, layers: layers), policy: policy.policy, backend: .cpu(threads: threads),
+      attention: AttentionOptions(scale: dump.scale.map { Float($0) }))
+  }
+
+  /// Layers keep their numbers: those that are not in the dump have no cache.
+  static func shape(of dump: CacheDump, layers: [Int]) throws(KVError) -> ModelShape {
     var shapes = [LayerShape](repeating: .uncached, count: (layers.last ?? -1) + 1)
     for layer in layers {
       guard let shape = dump.shapes[layer] else { continue }
       shapes[layer] = LayerShape(
         queryHeads: shape.queryHeads, kvHeads: shape.kvHeads, keyDim: shape.keyDim, valueDim: shape.valueDim)
     }
-    return try KVCache(
-      shape: ModelShape(layers: shapes, rotary: rotary(shapes)), policy: policy.policy, backend: .cpu(threads: threads),
-      attention: AttentionOptions(scale: dump.scale.map { Float($0) }))
+    return ModelShape(layers: shapes, rotary: try rotary(dump, shapes))
   }
 
-  private func rotary(_ shapes: [LayerShape]) throws(KVError) -> RotaryEmbedding? {
+  private static func rotary(_ dump: CacheDump, _ shapes: [LayerShape]) throws(KVError) -> RotaryEmbedding? {
     guard let theta = dump.ropeTheta, let dim = shapes.first(where: \.cached)?.keyDim else { return nil }
     // Layers of several head sizes have several embeddings; only policies that move keys ask for one.
     guard shapes.allSatisfy({ !$0.cached || $0.keyDim == dim }), dim % 2 == 0 else { return nil }

@@ -27,4 +27,15 @@ public final class LanguageModel: Sendable {
     }
     return count
   }
+
+  /// The projections that make a layer's keys and values, [heads · headDim][hidden], with their biases.
+  package func keyAndValueProjections(
+    layer: Int
+  ) -> (keys: (weight: [Float], bias: [Float]?), values: (weight: [Float], bias: [Float]?)) {
+    let own = weights.layers[layer]
+    return ((own.key.weight.values, own.key.bias), (own.value.weight.values, own.value.bias))
+  }
+
+  /// Whether keys are normalised behind their projection.
+  package var normsKeys: Bool { config.queryKeyNorm }
 }
