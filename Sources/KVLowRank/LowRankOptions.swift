@@ -48,14 +48,14 @@ public struct LatentTokens: Hashable, Sendable {
   var name: String {
     switch continuation {
     case .raw: "raw"
-    case .project: "project"
+    case .project, .blocks: "project"
     case .refresh: "refresh"
     }
   }
 
   func validate(_ latents: LatentFormat) throws(KVError) {
     switch continuation {
-    case .raw: return
+    case .raw, .blocks: return
     case .project(let keeping):
       guard (0...1 << 20).contains(keeping) else {
         throw KVError(.invalidOption, "a window of 0...1048576 tokens expected; got \(keeping)")
@@ -100,6 +100,20 @@ extension OptionReader {
     return value ?? standard
   }
 
+  /// A share above 0 and up to 1.
+  mutating func share(_ name: String, default standard: Double) throws(KVError) -> Double {
+    let expected = "a share above 0 and up to 1 (0.5 or 50%)"
+    let value = try read(name, default: standard, expected: expected, spec: SpecValue.decimal) {
+      (value) throws(KVError) -> Double? in
+      switch value.kind {
+      case .decimal(let share) where share > 0 && share <= 1: return share
+      case .percent(let share) where share > 0 && share <= 100: return share / 100
+      default: return nil
+      }
+    }
+    return value ?? standard
+  }
+
   mutating func latents(default standard: LatentFormat) throws(KVError) -> LatentFormat {
     let name = try name("latents", default: standard.name, among: LatentFormat.all.map(\.name))
     return LatentFormat.all.first { $0.name == name } ?? standard
@@ -134,7 +148,7 @@ struct LowRankOptions {
     var keeping = keep
     var interval = every
     switch tokens.continuation {
-    case .raw: break
+    case .raw, .blocks: break
     case .project(let count): keeping = count
     case .refresh(let count, let number): (keeping, interval) = (count, number)
     }

@@ -131,4 +131,48 @@ import Testing
     }
     run.finish(except: ["keys.singularValues", "values.singularValues"])
   }
+
+  /// Calibrated on the prompt it compresses, as the authors' function is run.
+  @Test func matryoshka() throws {
+    let run = try GoldenRun("matryoshka.r32.a5")
+    let input = try Input(run.entry)
+    let (dim, heads) = (input.keys[0].dim, input.keys[0].heads)
+    let rank = try run.entry.int("rank")
+    let shape = ModelShape(
+      layerCount: 1, queryHeads: input.probes[0].heads, kvHeads: heads, headDim: dim,
+      rotary: try RotaryEmbedding(headDim: dim, theta: 500_000))
+    let calibrator = try Calibrator(.principalComponents(), shape: shape)
+    let (k, v) = (input.keys[0].elements, input.values[0].elements)
+    try calibrator.add(
+      layer: 0, keys: TensorView(k.span, heads: heads, tokens: input.tokens, dim: dim),
+      values: TensorView(v.span, heads: heads, tokens: input.tokens, dim: dim), firstPosition: 0)
+    let made = try calibrator.finish()
+    for side in Calibration.Side.allCases {
+      func numbers(_ quantity: String) throws -> [Float] {
+        guard case .numbers(let values)? = made.tensor(quantity, of: side, layer: 0)?.elements else { return [] }
+        return values
+      }
+      try run.expect("\(side.rawValue).mean", numbers("mean"))
+      try run.expect("\(side.rawValue).eigenvalues", numbers("variance"))
+      let basis = try numbers("basis")
+      var projector = [Float](repeating: 0, count: heads * dim * dim)
+      for head in 0..<heads {
+        for r in 0..<rank {
+          let row = basis[(head * dim + r) * dim..<(head * dim + r + 1) * dim]
+          for (i, a) in row.enumerated() {
+            for (j, b) in row.enumerated() { projector[(head * dim + i) * dim + j] += a * b }
+          }
+        }
+      }
+      try run.expect("\(side.rawValue).projector", projector)
+    }
+    let store = try Store.matryoshka(
+      calibration: NamedCalibration(made), share: Double(rank) / Double(dim), rates: .uniform, step: rank,
+      floor: rank, latents: .f32, basis: .f32, window: .f32)
+    let cache = try cache(store, input)
+    try run.expect("keys.reconstruction", rows(cache, 0, keys: true))
+    try run.expect("values.reconstruction", rows(cache, 0, keys: false))
+    try run.expect("output", look(cache, 0, input.probes[0]))
+    run.finish()
+  }
 }

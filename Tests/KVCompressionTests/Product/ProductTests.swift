@@ -15,8 +15,8 @@ import Testing
 
   /// Texts of a method with every combination of the small values.
   static func texts(_ method: MethodDescription) -> [String] {
-    // Tables fit one model: these methods have tests of their own.
-    if method.options.contains(where: { $0.name == "table" }) { return [] }
+    // Tables and calibrations fit one model: these methods have tests of their own.
+    if method.options.contains(where: { $0.name == "table" || $0.name == "calibration" }) { return [] }
     var result: [[String]] = [[]]
     for option in method.options {
       guard let values = small[option.name], option.name != "window" || method.role != .store,

@@ -11,6 +11,26 @@ import Testing
     try check([svd, xkv])
   }
 
+  @Test func calibrated() throws {
+    let shape = try Geometry(2, 2, 8).shape(layers: 2, rotary: true)
+    for method in [CalibrationMethod.principalComponents(), try .shrunkChannels()] {
+      let path = FileManager.default.temporaryDirectory.appending(path: "bases-\(UUID()).safetensors").path()
+      defer { try? FileManager.default.removeItem(atPath: path) }
+      try Samples.calibration(method, shape).write(to: path)
+      if method.keysBeforeRotation {
+        let factors = try NamedCalibration(contentsOf: path)
+        let shrunk = Policy(store: try .cskv(calibration: factors, keyRank: .share(0.5), valueRank: .share(0.5)))
+
+        try check([shrunk])
+      } else {
+        let pca = try NamedCalibration(contentsOf: path)
+        let matryoshka = Policy(store: try .matryoshka(calibration: pca, share: 0.5, step: 4, floor: 4))
+
+        try check([matryoshka])
+      }
+    }
+  }
+
   @Test func calibrationFiles() throws {
     let path = FileManager.default.temporaryDirectory.appending(path: "orders-\(UUID()).safetensors").path()
     defer { try? FileManager.default.removeItem(atPath: path) }

@@ -77,7 +77,7 @@ package struct CalibrationRun {
   }
 
   /// At most `context` tokens each, `tokens` in all.
-  func pieces(of texts: [[Int]], prefix: [Int]) -> [[Int]] {
+  package func pieces(of texts: [[Int]], prefix: [Int]) -> [[Int]] {
     var pieces: [[Int]] = []
     var left = options.tokens
     let own = max(1, options.context - prefix.count)

@@ -48,13 +48,25 @@ package enum LatentContinuation: Hashable, Sendable {
   case raw
   /// All but the newest are projected on the basis there is, 32 at a time.
   case project(keeping: Int)
+  /// They are projected in whole blocks: 0 to `count` - 1 of them are dense.
+  case blocks(of: Int)
   /// When `every` of them stand before the newest, they are factored together with what the basis describes.
   case refresh(keeping: Int, every: Int)
 
   package var kept: Int {
     switch self {
-    case .raw: 0
+    case .raw, .blocks: 0
     case .project(let count), .refresh(let count, _): count
+    }
+  }
+}
+
+extension LatentContinuation {
+  /// Dense tokens when rows leave as soon as they can.
+  package var mostDense: Int {
+    switch self {
+    case .blocks(let count): count
+    case .raw, .project, .refresh: kept + 32
     }
   }
 }
@@ -163,6 +175,8 @@ package struct LowRankFormat: JointFactory {
   }
   /// Dense rows that become latents together.
   package var together = 32
+  /// Why no model can have it: a calibration lacks.
+  package var refusal: KVError?
   /// Latents even where they and the basis take more memory than the rows.
   package var evenIfLarger = false
 
@@ -229,7 +243,7 @@ package struct LowRankFormat: JointFactory {
 
   package func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
-    let window = plain.bytes(rows: min(rows, continuation.kept + 32), layer: layer, observed: observed)
+    let window = plain.bytes(rows: min(rows, continuation.mostDense), layer: layer, observed: observed)
     let keyBytes =
       joinedKeys.map { $0.rows.bytes(rows: rows, dim: layer.kvHeads * layer.keyDim) / layer.kvHeads }
       ?? side(keys, keyLatents, rows: rows, dim: layer.keyDim, layer)
@@ -249,6 +263,7 @@ package struct LowRankFormat: JointFactory {
   }
 
   package func groups(of shape: ModelShape) throws(KVError) -> [[Int]] {
+    if let refusal { throw refusal }
     if beforeRotation {
       guard let rotary = shape.rotary else {
         throw KVError(

@@ -91,7 +91,11 @@ package final class LowRankStorage: JointStorage {
   package func begin(_ plain: [RowSegment]) throws(KVError) -> [LowRankSegment] {
     var segments: [LowRankSegment] = []
     for rows in plain { segments.append(try LowRankSegment(storage: self, member: segments.count, plain: rows)) }
-    try freeze(segments, keeping: format.continuation.kept, atLeast: 1, of: 1)
+    if case .blocks(let count) = format.continuation {
+      try freeze(segments, keeping: 0, atLeast: count, of: count)
+    } else {
+      try freeze(segments, keeping: format.continuation.kept, atLeast: 1, of: 1)
+    }
     return segments
   }
 
@@ -101,6 +105,7 @@ package final class LowRankStorage: JointStorage {
     if layers.count > 1 { try compact(segments, eager: false) }
     switch format.continuation {
     case .raw: return
+    case .blocks(let count): try freeze(segments, keeping: 0, atLeast: count, of: count)
     case .project(let keeping):
       try freeze(segments, keeping: keeping, atLeast: format.together, of: format.together)
     case .refresh(let keeping, let every): try freeze(segments, keeping: keeping, atLeast: every, of: 1)

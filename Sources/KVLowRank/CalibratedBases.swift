@@ -1,0 +1,69 @@
+internal import KVCore
+internal import KVTensorFiles
+
+/// Bases of a calibration, for the stores that are made of them.
+struct CalibratedBases {
+  typealias Layers = [Int: (keys: CalibratedBasis?, values: CalibratedBasis?)]
+
+  let calibration: Calibration
+
+  /// Layers that have bases of both sides.
+  ///
+  /// - Throws: `missingInput` when there is none, or a layer has one side only.
+  func layers() throws(KVError) -> [Int] {
+    let keys = calibration.layers(with: "basis", of: .keys)
+    let values = calibration.layers(with: "basis", of: .values)
+    guard !keys.isEmpty else {
+      throw KVError(
+        .missingInput, "a calibration with a basis of every layer's keys and values expected; this one has none")
+    }
+    guard keys == values else {
+      let alone = Set(keys).symmetricDifference(values).min()
+      throw KVError(.missingInput, "a calibration with bases of keys and values expected; one is missing", layer: alone)
+    }
+    return keys
+  }
+
+  /// The shape of a basis: units, rank, width.
+  func shape(_ side: Calibration.Side, layer: Int) throws(KVError) -> [Int] {
+    try calibration.numbers("basis", of: side, layer: layer, shape: [nil, nil, nil]).shape
+  }
+
+  /// The first `ranks[unit]` rows of each unit's basis, with encoder and mean where there are such.
+  func basis(_ side: Calibration.Side, layer: Int, ranks: [Int]) throws(KVError) -> CalibratedBasis {
+    let shape = try shape(side, layer: layer)
+    let (units, rows, width) = (shape[0], shape[1], shape[2])
+    precondition(ranks.count == units, "\(ranks.count) ranks for \(units) units")
+    let decoders = try elements("basis", side, layer, [units, rows, width])
+    var result = CalibratedBasis(decoders: Self.cut(decoders, rows: rows, width: width, ranks: ranks))
+    if calibration.tensor("encoder", of: side, layer: layer) != nil {
+      let encoders = try elements("encoder", side, layer, [units, rows, width])
+      guard ranks.allSatisfy({ $0 == rows }) else {
+        throw KVError(
+          .invalidOption,
+          "factors with an encoder of their own are used whole: \(rows) channels of \(side.rawValue) expected; got "
+            + "\(ranks.first { $0 != rows } ?? rows)", layer: layer)
+      }
+      result.encoders = Self.cut(encoders, rows: rows, width: width, ranks: ranks)
+    }
+    if calibration.tensor("mean", of: side, layer: layer) != nil {
+      let means = try elements("mean", side, layer, [units, width])
+      result.means = (0..<units).map { Array(means[$0 * width..<($0 + 1) * width]) }
+    }
+    return result
+  }
+
+  func elements(
+    _ quantity: String, _ side: Calibration.Side, _ layer: Int, _ shape: [Int]
+  ) throws(KVError) -> [Float] {
+    guard case .numbers(let values) = try calibration.numbers(quantity, of: side, layer: layer, shape: shape).elements
+    else { return [] }
+    return values
+  }
+
+  private static func cut(_ rows: [Float], rows count: Int, width: Int, ranks: [Int]) -> [[Float]] {
+    ranks.indices.map { unit in
+      Array(rows[unit * count * width..<(unit * count + ranks[unit]) * width])
+    }
+  }
+}
