@@ -22,7 +22,7 @@ public struct CalibrationMethod: Hashable, Sendable {
   /// - Parameters:
   ///   - statistic: what is compared.
   ///   - rotatedHeads: a Walsh-Hadamard transform over the channels of so many neighbouring KV heads stands before;
-  ///     0 for none. As many as divide the heads are taken: the largest such number up to this one.
+  ///     0 for none. The largest power of two up to this one that divides the heads is taken.
   /// - Throws: `invalidOption` for a negative count.
   public static func channelOrder(
     by statistic: ChannelStatistic = .magnitude, rotatedHeads: Int = 4, perHead: Bool = false

@@ -84,7 +84,9 @@ struct LayerSums {
     let dim = shape.keyDim
     let width = shape.kvHeads * dim
     var merged = merged(rows, tokens: tokens, dim: dim)
-    let heads = (1...max(1, min(rotatedHeads, shape.kvHeads))).last { shape.kvHeads % $0 == 0 } ?? 1
+    // As many as a power of two divides the heads into.
+    var heads = 1
+    while 2 * heads <= rotatedHeads, shape.kvHeads % (2 * heads) == 0 { heads *= 2 }
     for token in 0..<tokens {
       if rotatedHeads > 0 {
         for first in stride(from: 0, to: width, by: heads * dim) {
