@@ -164,6 +164,9 @@ struct RowAttention {
     } else {
       form(work.keys, visible, queries, into: target + offset, stride: stride)
     }
+    if let keys = work.factored?.keys, let latent {
+      applyLengths(keys, visible, queries, memory: latent.memory, to: target + offset, stride: stride)
+    }
     if let shift = latent?.logitShift {
       for row in 0..<m where shift[row] != 0 {
         let line = target + offset + row * stride
@@ -183,7 +186,11 @@ struct RowAttention {
         }
       }
     }
-    if valueDim > 0 {
+    if valueDim == 0 { return }
+    if let values = work.factored?.values, let latent {
+      accumulateFactored(
+        work, values, visible, memory: latent.memory, weights: target + offset, stride: stride, rows: m, partial)
+    } else {
       accumulate(work.values, visible, weights: target + offset, stride: stride, rows: m, partial)
     }
   }
@@ -271,7 +278,7 @@ struct RowAttention {
 
   // MARK: Kernels over slices
 
-  private func form(
+  func form(
     _ slices: Range<Int>, _ range: Range<Int>, _ queries: QueryBlock, into target: UnsafeMutablePointer<Float>,
     stride: Int
   ) {
@@ -286,7 +293,7 @@ struct RowAttention {
     }
   }
 
-  private func accumulate(
+  func accumulate(
     _ slices: Range<Int>, _ range: Range<Int>, weights: UnsafePointer<Float>, stride: Int, rows: Int,
     _ partial: PartialBlock
   ) {

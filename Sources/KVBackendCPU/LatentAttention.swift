@@ -1,7 +1,7 @@
 internal import CKVKernels
 internal import KVCore
 
-/// Working memory for attention over latents, and what it needs to know of the model.
+/// Working memory for attention over latents or directions, and what it needs to know of the model.
 struct LatentSpace {
   /// Rows restored at a time: with their latents they stay in the second-level cache.
   static let tileRows = 256
@@ -19,19 +19,13 @@ struct LatentSpace {
   static func floats(_ plan: AttentionPlan, _ sequence: SequenceWork, rows: Int? = nil) -> Int {
     var most = 0
     for index in sequence.work {
-      let work = plan.rows[index]
-      guard let lowRank = work.lowRank else { continue }
       let m = rows ?? sequence.tokens * sequence.group
-      if lowRank.keyChannels != nil, let slice = work.keys.first {
-        // Few queries serve all heads in one piece of work.
-        most = max(
-          most,
-          joinedFloats(
-            width: plan.slices[slice].run.dim, rows: m, keyDim: sequence.keyDim,
-            members: rows == nil ? sequence.kvHeads : 1))
-      } else {
-        most = max(most, floats(lowRank, rows: m, keyDim: sequence.keyDim, valueDim: sequence.valueDim))
-      }
+      // Few queries serve all heads of joined keys in one piece of work.
+      most = max(
+        most,
+        floats(
+          plan.rows[index], plan.slices, rows: m, keyDim: sequence.keyDim, valueDim: sequence.valueDim,
+          members: rows == nil ? sequence.kvHeads : 1))
     }
     return most
   }
@@ -39,12 +33,22 @@ struct LatentSpace {
   static func floats(
     _ work: ArraySlice<RowsWork>, _ slices: [RunSlice], rows: Int, keyDim: Int, valueDim: Int
   ) -> Int {
-    work.reduce(0) { most, item in
-      if item.lowRank?.keyChannels != nil, let slice = item.keys.first {
-        return max(most, joinedFloats(width: slices[slice].run.dim, rows: rows, keyDim: keyDim, members: 1))
-      }
-      return item.lowRank.map { max(most, floats($0, rows: rows, keyDim: keyDim, valueDim: valueDim)) } ?? most
+    work.reduce(0) {
+      max($0, floats($1, slices, rows: rows, keyDim: keyDim, valueDim: valueDim, members: 1))
     }
+  }
+
+  private static func floats(
+    _ work: RowsWork, _ slices: some RandomAccessCollection<RunSlice>, rows: Int, keyDim: Int, valueDim: Int,
+    members: Int
+  ) -> Int {
+    if work.factored != nil { return RowAttention.factoredFloats(rows: rows) }
+    guard let lowRank = work.lowRank else { return 0 }
+    if lowRank.keyChannels != nil, let slice = work.keys.first {
+      let run = slices[slices.index(slices.startIndex, offsetBy: slice)].run
+      return joinedFloats(width: run.dim, rows: rows, keyDim: keyDim, members: members)
+    }
+    return floats(lowRank, rows: rows, keyDim: keyDim, valueDim: valueDim)
   }
 
   private static func floats(_ lowRank: LowRankRows, rows m: Int, keyDim: Int, valueDim: Int) -> Int {

@@ -19,7 +19,8 @@ public import KVCore
 /// neighbours join until the budget is met.
 ///
 /// No official code exists. Where the paper is open this library keeps the pivot's key, adds the logarithm of a run's
-/// length to its logit, and leaves out no layer; `keys=average,bias=none` is the paper as it reads.
+/// length to its logit, and leaves out no layer; `keys=average,bias=none` is the paper as it reads, third parties add
+/// `skip_first=2,skip_last=1`.
 extension Selection {
   /// - Parameters:
   ///   - budget: rows left in all; nil: the threshold decides.
@@ -54,7 +55,8 @@ extension Selection {
           SpecOption("heavy", .decimal(heavy)),
         ] + options.spec + [SpecOption("every", .integer(every ?? 0))]),
       scorer: ReceivedAttention(attention: options.attention), budget: budget ?? .unlimited,
-      allocator: options.skipFirst == 0 ? UniformAllocator() : LeavingFirstLayers(count: options.skipFirst),
+      allocator: options.skipsLayers
+        ? LeavingLayers(first: options.skipFirst, last: options.skipLast) : UniformAllocator(),
       router: RunRouter(
         exact: budget != nil, threshold: Float(least), recent: recent, heavy: heavy, options: options),
       schedule: Schedule(decodeInterval: every))
@@ -77,6 +79,7 @@ extension Selection {
       .init("scope", "head: runs of their own for every KV head; shared: one choice for all"),
       .init("attention", "newest queries whose attention counts, 0 for all so far"),
       .init("skip_first", "first layers that are left alone"),
+      .init("skip_last", "last layers that are left alone"),
       .init("every", "decoded tokens between merges; 0 for never after the prompt"),
     ]
   ) { (reader) throws(KVError) in
@@ -97,6 +100,7 @@ extension Selection {
     let attention = try reader.int("attention", default: 0, in: 0...65_536)
     options.attention = attention == 0 ? .accumulated : .newest(attention)
     options.skipFirst = try reader.int("skip_first", default: 0, in: 0...65_536)
+    options.skipLast = try reader.int("skip_last", default: 0, in: 0...65_536)
     let every = try reader.int("every", default: 0, in: 0...1_048_576)
     return .selection(
       try .kvMerger(
@@ -129,6 +133,10 @@ public struct KVMergerOptions: Sendable, Hashable {
   public var attention = Prominence.Attention.accumulated
   /// First layers that are left alone.
   public var skipFirst = 0
+  /// Last layers that are left alone.
+  public var skipLast = 0
+
+  fileprivate var skipsLayers: Bool { skipFirst > 0 || skipLast > 0 }
 
   public init() {}
 
@@ -139,18 +147,20 @@ public struct KVMergerOptions: Sendable, Hashable {
       SpecOption("keys", .text(key.rawValue)), SpecOption("bias", .text(logCount ? "log_count" : "none")),
       SpecOption("value_scale", .text(scalesValues ? "count" : "none")),
       SpecOption("scope", .text(sharesRuns ? "shared" : "head")), SpecOption("attention", .integer(queries)),
-      SpecOption("skip_first", .integer(skipFirst)),
+      SpecOption("skip_first", .integer(skipFirst)), SpecOption("skip_last", .integer(skipLast)),
     ]
   }
 }
 
-/// The budget everywhere but in the first layers, which keep all.
-struct LeavingFirstLayers: Allocator {
-  let count: Int
+/// The budget everywhere but in the first and the last of the layers the policy chooses in, which keep all.
+struct LeavingLayers: Allocator {
+  let first: Int
+  let last: Int
 
   func allocate(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]] {
     requests.map { request in
-      request.layer < count ? request.rows : zip(request.rows, request.budget).map { min($0, $1) }
+      request.index < first || request.index >= request.layers - last
+        ? request.rows : zip(request.rows, request.budget).map { min($0, $1) }
     }
   }
 }
@@ -175,7 +185,7 @@ struct RunRouter: Router {
     for head in 0..<layer.kvHeads {
       routing.send(head: head, rows: 0..<layer.rowCount(head: head), to: .tier(0))
     }
-    if layer.layer < options.skipFirst { return }
+    if layer.index < options.skipFirst || layer.index >= layer.layerCount - options.skipLast { return }
     // What was looked at before stays as it is: merged rows and those that were too unlike.
     let boundary = exact ? 0 : Int(layer.routerMemory.first ?? 0)
     if options.sharesRuns { try checkShared(layer) }

@@ -3,6 +3,6 @@ public import KVCore
 /// The merging family: one file a method.
 public enum MergingMethods {
   public static let all: [MethodDescription] = [
-    Selection.mergeMethod, Selection.camMethod, Selection.d2oMethod, Selection.kvMergerMethod,
+    Selection.mergeMethod, Selection.camMethod, Selection.d2oMethod, Selection.kvMergerMethod, Store.miniCacheMethod,
   ]
 }

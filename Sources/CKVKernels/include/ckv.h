@@ -293,6 +293,19 @@ void ckv_channel_range(const float *rows, size_t stride, uint32_t count, uint32_
 /* Index of the first of n values beyond +-limit, or -1. */
 int64_t ckv_first_beyond(const float *x, size_t n, float limit);
 
+/* ---- rows of two layers that share a direction --------------------------------------------------------------------- */
+
+/* For every pair of rows, `stride` floats apart: their lengths, the angle between them in radians, and the unit row at
+ * the part t of the arc from x to y (0: the direction of x, 1: of y). The same bits at every level.
+ * angles: -1 where a row is zero (the direction is the other's, zero if both are); infinity where the rows are opposite,
+ * so that no direction lies between them, or a length is beyond `largest`, in whose place 0 is written.
+ * directions may be x; null: only angles are wanted. */
+void ckv_directions(const float *x, const float *y, size_t stride, uint32_t count, uint32_t dim, double t,
+                    float largest, float *directions, float *lower, float *upper, float *angles);
+
+/* x[i] *= by[i] */
+void ckv_multiply(float *x, const float *by, size_t n);
+
 /* Floats of `mapped` for rows of `dim` channels and m query rows. */
 size_t ckv_mapped_floats(uint32_t dim, uint32_t m);
 

@@ -128,6 +128,8 @@ package struct RowsWork {
   package var highest = -1
   /// The slices hold latents, and this is what restores them. Their `dim` is the rank.
   package var lowRank: LowRankRows?
+  /// The slices hold directions, and this is what they are multiplied by.
+  package var factored: FactoredRows?
 
   package init(kvHead: Int, count: Int, keys: Range<Int>, values: Range<Int>, shift: Int) {
     self.kvHead = kvHead
@@ -136,6 +138,36 @@ package struct RowsWork {
     self.values = values
     self.shift = shift
   }
+
+  /// The same rows in a list of slices that begins with `count` others.
+  package mutating func moveSlices(by count: Int) {
+    func moved(_ range: Range<Int>) -> Range<Int> { range.lowerBound + count..<range.upperBound + count }
+    keys = moved(keys)
+    values = moved(values)
+    guard var own = factored else { return }
+    own.keys.lengths = moved(own.keys.lengths)
+    own.keys.exact = moved(own.keys.exact)
+    own.values.lengths = moved(own.values.lengths)
+    own.values.exact = moved(own.values.exact)
+    factored = own
+  }
+}
+
+/// Rows that lie as directions with a length each. A logit is multiplied by its row's length, a weight by that of its value,
+/// so that no row is ever restored.
+package struct FactoredRows {
+  package struct Side {
+    /// Slices of the lengths: dense rows of one channel, one for each row.
+    package var lengths: Range<Int>
+    /// Slices of rows that take the place of some of these, and which: `slots`, ascending, the first row being `offset`.
+    package var exact: Range<Int>
+    package var slots: UnsafePointer<Int32>?
+    package var count: Int
+    package var offset: Int
+  }
+
+  package var keys: Side
+  package var values: Side
 }
 
 /// Column sums over the last queries of a prompt (SnapKV and its kin).

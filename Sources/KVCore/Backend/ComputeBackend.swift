@@ -115,6 +115,16 @@ package protocol ComputeBackend: AnyObject, Sendable {
   func restore(
     _ rows: [RunSlice], channels: Range<Int>, positions: [Int32], rotary: RotaryEmbedding,
     into destination: UnsafeMutablePointer<Float>)
+
+  /// Whether rows may be directions times a length each, in attention and in the two operations below.
+  var holdsDirections: Bool { get }
+
+  /// Writes directions and lengths of pairs of rows. `angles`, one a pair: radians, -1 where a row is zero, infinity where
+  /// the pair has no direction between them or a length that cannot be held.
+  func shareDirections(_ request: DirectionRequest, into angles: UnsafeMutablePointer<Float>)
+
+  /// Multiplies rows of f32, `dim` floats each, by a factor of their own.
+  func scaleRows(_ rows: UnsafeMutablePointer<Float>, dim: Int, factors: UnsafePointer<Float>, count: Int)
 }
 
 extension ComputeBackend {
@@ -146,6 +156,16 @@ extension ComputeBackend {
     into destination: UnsafeMutablePointer<Float>
   ) {
     preconditionFailure("\(name) holds no keys side by side")
+  }
+
+  package var holdsDirections: Bool { false }
+
+  package func shareDirections(_ request: DirectionRequest, into angles: UnsafeMutablePointer<Float>) {
+    preconditionFailure("\(name) holds no directions")
+  }
+
+  package func scaleRows(_ rows: UnsafeMutablePointer<Float>, dim: Int, factors: UnsafePointer<Float>, count: Int) {
+    preconditionFailure("\(name) holds no directions")
   }
 }
 

@@ -87,4 +87,12 @@ package final class DryRunBackend: ComputeBackend {
   ) {
     destination.update(repeating: 0, count: rows.reduce(0) { $0 + $1.count } * channels.count)
   }
+
+  package var holdsDirections: Bool { true }
+
+  package func shareDirections(_ request: DirectionRequest, into angles: UnsafeMutablePointer<Float>) {
+    angles.update(repeating: 0, count: request.count)
+  }
+
+  package func scaleRows(_ rows: UnsafeMutablePointer<Float>, dim: Int, factors: UnsafePointer<Float>, count: Int) {}
 }

@@ -104,3 +104,30 @@ package struct RowScan {
 
   package var count: Int { rows.reduce(0) { $0 + $1.count } }
 }
+
+/// Pairs of rows of two layers that are to share a direction: the unit row between their directions, both lengths, and
+/// how far they are apart.
+package struct DirectionRequest {
+  /// Rows of the lower and of the upper layer, as many of each.
+  package var lower: [RunSlice]
+  package var upper: [RunSlice]
+  package var dim: Int
+  /// Where between the two: 0 the direction of the lower row, 1 of the upper.
+  package var weight: Double
+  /// The largest length that can be held.
+  package var largest: Float
+  /// Dense rows for the results, lengths with one channel each; empty where only angles are wanted.
+  package var directions: [RunSlice] = []
+  package var lowerLengths: [RunSlice] = []
+  package var upperLengths: [RunSlice] = []
+
+  package init(lower: [RunSlice], upper: [RunSlice], dim: Int, weight: Double, largest: Float) {
+    self.lower = lower
+    self.upper = upper
+    self.dim = dim
+    self.weight = weight
+    self.largest = largest
+  }
+
+  package var count: Int { lower.reduce(0) { $0 + $1.count } }
+}

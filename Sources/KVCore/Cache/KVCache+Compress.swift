@@ -228,8 +228,9 @@ extension KVCache {
     for state in states {
       let budgets = resolvedBudgets(state, room: room)
       let rows = (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }
-      let view = LayerView(state, options: attention, backend: backend.operations, rotary: shape.rotary)
       let place = place(of: state)
+      let view = LayerView(
+        state, options: attention, backend: backend.operations, rotary: shape.rotary, place: place)
       var request = AllocationRequest(
         layer: state.layer, index: place.index, layers: place.count, tokensSeen: state.seen, rows: rows,
         budget: budgets, scores: ScoreTable(counts: rows), protection: protection, earlier: state.allocation)

@@ -13,7 +13,7 @@ extension KVCache {
     layers = shape.layers.enumerated().map { index, layer in
       LayerState(
         layer: index, shape: layer,
-        segments: policy.makeSegments(layer: index, shape: shape, backend: backend.operations))
+        segments: policy.makeSegments(layer: index, shape: shape, groups: groups, backend: backend.operations))
     }
   }
 

@@ -86,7 +86,8 @@ extension KVCache {
       do throws(KVError) {
         if layer.cached {
           try state.decode(
-            container, policy: policy, layerCount: shape.layers.count, backend: backend.operations
+            container, policy: policy, layerCount: shape.layers.count, backend: backend.operations,
+            waiting: { groups.waiting(layer: index, tier: $0, shape: layer) }
           ) { tier in
             zip(groups, storages).first { $0.0.tier == tier && $0.0.layers.contains(index) }
               .flatMap { group, storage in storage.map { (group.factory, $0, shape) } }

@@ -2,6 +2,8 @@ extension KVCache {
   /// Brings the rows a router sends into others there, before they are dropped.
   package func merge(_ routing: Routing, _ view: LayerView, _ state: LayerState) throws(KVError) {
     if routing.merges.isEmpty { return }
+    // All tiers or none.
+    var changes: [() -> Void] = []
     for (index, segment) in state.segments.enumerated() {
       var numbers: [Int] = []
       var heads: [HeadMerges] = []
@@ -14,8 +16,9 @@ extension KVCache {
         numbers.append(head)
         heads.append(describe(own, routing, view, segment, sides))
       }
-      if !heads.isEmpty { try segment.merge(heads, head: numbers) }
+      if !heads.isEmpty { changes.append(try segment.merge(heads, head: numbers)) }
     }
+    for change in changes { change() }
   }
 
   private func describe(

@@ -63,12 +63,13 @@ public final class KVCache {
     try attention.validate()
     try KVCache.check(policy, shape: shape, inputs: inputs)
     try KVCache.check(policy, backend: backend.operations)
+    let groups = try LayerGroup.all(policy, shape: shape)
     self.init(
       restoring: shape.layers.enumerated().map { index, layer in
         LayerState(
           layer: index, shape: layer,
-          segments: policy.makeSegments(layer: index, shape: shape, backend: backend.operations))
-      }, groups: try LayerGroup.all(policy, shape: shape), shape: shape, policy: policy, backend: backend,
+          segments: policy.makeSegments(layer: index, shape: shape, groups: groups, backend: backend.operations))
+      }, groups: groups, shape: shape, policy: policy, backend: backend,
       attention: attention, inputs: inputs)
   }
 

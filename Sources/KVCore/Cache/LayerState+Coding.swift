@@ -30,9 +30,11 @@ extension LayerState {
     writer.array(markedProbes.sorted().map { Int32($0) })
   }
 
-  /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers.
+  /// Fills an empty state from its sections. `joint` tells what a tier holds together with other layers, `waiting` what it
+  /// holds until then.
   func decode(
     _ container: ContainerReader, policy: any CompressionPolicy, layerCount: Int, backend: any ComputeBackend,
+    waiting: (Int) -> RowFormat?,
     joint: (Int) -> (factory: any JointFactory, storage: any JointStorage, shape: ModelShape)?
   ) throws(KVError) {
     var reader = try container.section(SavedCache.layer, index: layer)
@@ -87,9 +89,9 @@ extension LayerState {
           try joint.factory.decodeSegment(
             from: &reader, on: joint.storage, layer: layer, shape: joint.shape, tokensSeen: seen, backend: backend))
       } else {
+        let factory: any SegmentFactory = waiting(tier) ?? store.factory(layer: layer, of: layerCount)
         segments.append(
-          try store.factory(layer: layer, of: layerCount).decodeSegment(
-            from: &reader, layer: shape, tokensSeen: seen, backend: backend))
+          try factory.decodeSegment(from: &reader, layer: shape, tokensSeen: seen, backend: backend))
       }
       try reader.finish()
     }

@@ -92,11 +92,14 @@ public struct Store: Sendable {
 extension CompressionPolicy {
   /// Empty segments of every tier for one layer.
   package func makeSegments(
-    layer: Int, shape: ModelShape, backend: any ComputeBackend
+    layer: Int, shape: ModelShape, groups: [LayerGroup], backend: any ComputeBackend
   ) -> [any Segment] {
     if !shape.layers[layer].cached { return [] }
-    return tiers.map {
-      $0.factory(layer: layer, of: shape.layers.count).makeSegment(layer: shape.layers[layer], backend: backend)
+    return tiers.enumerated().map { tier, store in
+      let factory: any SegmentFactory =
+        groups.waiting(layer: layer, tier: tier, shape: shape.layers[layer])
+        ?? store.factory(layer: layer, of: shape.layers.count)
+      return factory.makeSegment(layer: shape.layers[layer], backend: backend)
     }
   }
 }

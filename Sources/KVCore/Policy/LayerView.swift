@@ -3,6 +3,10 @@
 /// Valid during the call it is passed to.
 public final class LayerView {
   public let layer: Int
+  /// Its place among the ``layerCount`` layers that the policy chooses in: layers without a cache or with a sliding window
+  /// do not count.
+  public let index: Int
+  public let layerCount: Int
   public let shape: LayerShape
   /// Tokens the layer has ever seen; at least the rows it holds.
   public let tokensSeen: Int
@@ -50,9 +54,11 @@ public final class LayerView {
   private var starts: [Int] = [0]
 
   init(
-    _ state: LayerState, options: AttentionOptions, backend: any ComputeBackend, rotary: RotaryEmbedding? = nil
+    _ state: LayerState, options: AttentionOptions, backend: any ComputeBackend, rotary: RotaryEmbedding? = nil,
+    place: (index: Int, count: Int)? = nil
   ) {
     self.rotary = rotary
+    (index, layerCount) = place ?? (state.layer, state.layer + 1)
     isDecoding = state.phase == .decode
     earlier = state.allocation
     layer = state.layer
@@ -248,12 +254,11 @@ public final class LayerView {
         items.append(plan.rows.isEmpty ? -1 : result.heads.count)
         // A segment in several pieces describes them in slot order.
         for var work in plan.rows {
-          let start = result.slices.count
-          result.slices += plan.slices[work.keys]
-          work.keys = start..<result.slices.count
+          work.moveSlices(by: result.slices.count)
           work.values = 0..<0
           result.heads.append(work)
         }
+        result.slices += plan.slices
       }
       result.item.append(items)
     }

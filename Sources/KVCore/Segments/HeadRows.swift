@@ -29,6 +29,13 @@ package struct HeadRows {
     columns.removeLast(count)
   }
 
+  /// Forgets every row of a head without a body. Small memory stays, for the rows to come.
+  package mutating func removeAll() {
+    keys.removeTailFront(keys.tailRows)
+    values.removeTailFront(values.tailRows)
+    columns = SlotColumns()
+  }
+
   /// Marks slots dead. Everything that can fail happens before the first slot changes.
   package mutating func drop(_ dropped: [Int], backend: any ComputeBackend) throws(KVError) {
     if dropped.isEmpty { return }

@@ -16,9 +16,12 @@ package protocol JointSegment: Segment {
   func fork(onto storage: any JointStorage) -> any Segment
 }
 
-/// Makes segments for groups of layers. Layers hold ordinary segments of `makeSegment` until the last layer of their
-/// group has its rows; `join` then replaces them.
+/// Makes segments for groups of layers. Layers of a group hold ordinary segments of `waiting(_:)` until the last of them has
+/// its rows; `join` then replaces them. Layers of no group have what `makeSegment` made.
 package protocol JointFactory: SegmentFactory {
+  /// What a layer of a group holds until it is joined: dense rows.
+  func waiting(_ layer: LayerShape) -> RowFormat
+
   /// The groups, disjoint, layers ascending; layers of no group stay as `makeSegment` made them. Decided by the shape
   /// alone. Throws `invalidOption` or `unsupported` for models that cannot be grouped as asked.
   func groups(of shape: ModelShape) throws(KVError) -> [[Int]]
@@ -26,10 +29,11 @@ package protocol JointFactory: SegmentFactory {
   /// Brings the rows that every layer of a group holds into the form they share, and returns the segments that replace
   /// `members`, in their order; nil when nothing is due. `members` are ordinary segments the first time and joint ones
   /// afterwards. Called when the prompt of the group's last layer is complete (`decoding` false) and after every step
-  /// that all its layers have decoded.
+  /// that all its layers have decoded; at once again while it returns segments, so that those replaced have given their
+  /// memory back before rows of the new ones are brought together.
   ///
-  /// Members are not changed before everything that can fail has succeeded. Dense rows of the members are released
-  /// with them.
+  /// Rows are brought together one piece after the other (a head, a side); none changes before everything that can fail
+  /// for it has succeeded.
   func join(
     _ members: [any Segment], layers: [Int], shape: ModelShape, decoding: Bool, backend: any ComputeBackend
   ) throws(KVError) -> [any Segment]?
@@ -96,6 +100,13 @@ extension LayerGroup {
       }
     }
     return groups
+  }
+}
+
+extension [LayerGroup] {
+  /// What a layer holds in a tier until its group is joined; nil where it is in none.
+  func waiting(layer: Int, tier: Int, shape: LayerShape) -> RowFormat? {
+    first { $0.tier == tier && $0.layers.contains(layer) }?.factory.waiting(shape)
   }
 }
 

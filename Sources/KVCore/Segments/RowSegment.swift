@@ -188,20 +188,8 @@ package final class RowSegment: Segment {
     for head in heads.indices {
       let due = rowsToFlush(heads[head].keys, keysEnd) + rowsToFlush(heads[head].values, valuesEnd)
       if due > 0, tailHasDead(head) { heads[head] = try heads[head].reclaimed(backend: backend) }
-      try flush(head, \.keys, batchEnds: keysEnd)
-      try flush(head, \.values, batchEnds: valuesEnd)
-    }
-  }
-
-  /// Encodes what is due, one batch at a time: numbers per channel never depend on how many tokens came at once.
-  private func flush(
-    _ head: Int, _ side: WritableKeyPath<HeadRows, RowStore>, batchEnds: Bool
-  ) throws(KVError) {
-    var due = rowsToFlush(heads[head][keyPath: side], batchEnds)
-    while due > 0 {
-      let count = batchEnds ? due : min(due, heads[head][keyPath: side].format.batch)
-      try heads[head][keyPath: side].encodeTail(count, backend: backend)
-      due -= count
+      try heads[head].keys.flush(batchEnds: keysEnd, backend: backend)
+      try heads[head].values.flush(batchEnds: valuesEnd, backend: backend)
     }
   }
 

@@ -207,6 +207,18 @@ package struct RowStore {
 
   // MARK: Moving rows from the tail into the body
 
+  /// Encodes what is due, one batch at a time: numbers per channel never depend on how many tokens came at once.
+  ///
+  /// - Parameter batchEnds: no more rows belong together with those there are.
+  package mutating func flush(batchEnds: Bool, backend: any ComputeBackend) throws(KVError) {
+    var due = format.rowsToFlush(tail: tailRows, dim: dim, batchEnds: batchEnds)
+    while due > 0 {
+      let count = batchEnds ? due : min(due, format.batch)
+      try encodeTail(count, backend: backend)
+      due -= count
+    }
+  }
+
   /// Encodes the oldest `count` tail rows into the body. They leave the tail.
   package mutating func encodeTail(_ count: Int, backend: any ComputeBackend) throws(KVError) {
     guard count > 0, let encoding = format.body else { return }
@@ -268,7 +280,7 @@ package struct RowStore {
   }
 
   /// Forgets the oldest `count` tail rows; their extents are freed or, when small, kept for the next rows.
-  private mutating func removeTailFront(_ count: Int) {
+  mutating func removeTailFront(_ count: Int) {
     var left = count
     while left > 0 {
       let taken = min(left, extents[bodyExtents].rows)
@@ -382,21 +394,21 @@ package struct RowStore {
 
   // MARK: Replacing rows
 
-  /// Makes the memory of some rows, ascending, this store's own and writable row by row: what forks share is copied, and
-  /// units that hold any of them are decoded once into dense rows, as when most of a unit was dropped.
-  package mutating func makeWritable(_ slots: [Int], backend: any ComputeBackend) throws(KVError) {
-    if slots.isEmpty { return }
+  /// The same store with memory of its own for some rows, ascending, that can be written row by row: what forks share is
+  /// copied, and units that hold any of them are decoded once into dense rows, as when most of a unit was dropped. This
+  /// store stays as it is.
+  package mutating func writable(_ slots: [Int], backend: any ComputeBackend) throws(KVError) -> RowStore {
     var thawed: [Bool]?
     var start = 0
     var next = 0
-    var touched: [Int] = []
-    for (index, extent) in extents.enumerated() {
-      let end = start + extent.rows
+    var shared: [Int] = []
+    for index in extents.indices {
+      let end = start + extents[index].rows
       let first = next
       while next < slots.count, slots[next] < end { next += 1 }
       if next > first {
-        touched.append(index)
-        if extent.encoding.rowsPerUnit > 1 {
+        if !isKnownUniquelyReferenced(&extents[index].buffer) { shared.append(index) }
+        if extents[index].encoding.rowsPerUnit > 1 {
           if thawed == nil { thawed = Array(repeating: false, count: rows) }
           for slot in slots[first..<next] { thawed![slot] = true }
         }
@@ -404,10 +416,11 @@ package struct RowStore {
       start = end
     }
     if let thawed {
-      self = try rebuilt(physical: Array(repeating: true, count: rows), thawed: thawed, backend: backend)
-      return  // Its memory is new.
+      // Its memory is new.
+      return try rebuilt(physical: Array(repeating: true, count: rows), thawed: thawed, backend: backend)
     }
-    for index in touched where !isKnownUniquelyReferenced(&extents[index].buffer) {
+    var result = self
+    for index in shared {
       let extent = extents[index]
       var copy = try Extent(
         encoding: extent.encoding, capacity: extent.capacity, dim: dim, map: extent.map, backend: backend)
@@ -416,8 +429,9 @@ package struct RowStore {
         row: extent.first)
       copy.first = extent.first
       copy.rows = extent.rows
-      extents[index] = copy
+      result.extents[index] = copy
     }
+    return result
   }
 
   /// Writes row i of `source` to slot `slots[i]`, ascending, converting or encoding each row anew. They are writable.

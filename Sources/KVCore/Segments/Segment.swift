@@ -83,12 +83,12 @@ package protocol Segment: AnyObject {
   /// Tokens a slot stands for; more than 1 after merging.
   func count(head: Int, slot: Int) -> Int
 
-  /// Replaces rows by weighted sums of rows. Everything is computed, and checked against what will hold it, before the
-  /// first row changes.
+  /// Rows replaced by weighted sums of rows. Everything is computed, and checked against what will hold it; the rows
+  /// change when what is returned is called, which cannot fail and comes before anything else happens to the segment.
   ///
   /// - Throws: `unrepresentable` for a sum beyond what holds the row, `outOfMemory`; `unsupported` where
   ///   `SegmentFactory.merging` is nil.
-  func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError)
+  func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) -> () -> Void
 
   func tally(into tally: inout ByteTally)
   /// A segment with the same rows that shares what is frozen.
@@ -121,7 +121,7 @@ extension Segment {
   package func drop(head: Int, slot: Int) { preconditionFailure("this representation drops by lists") }
   package func count(head: Int, slot: Int) -> Int { 1 }
 
-  package func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) {
+  package func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) -> () -> Void {
     throw KVError(.unsupported, "rows of this store cannot take others in")
   }
 }

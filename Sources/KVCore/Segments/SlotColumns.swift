@@ -136,7 +136,31 @@ package struct SlotColumns {
     return result
   }
 
-  /// Whether the memory there is suits the slots that live: much larger is better given back.
+  /// The first `kept` slots, and behind them one for each of `sources`: a slot there was, or a dead one in its place.
+  func spread(
+    keeping kept: Int, _ sources: [(position: Int, slot: Int?)], backend: any ComputeBackend
+  ) throws(KVError) -> SlotColumns {
+    var result = try gathered(Array(0..<kept), backend: backend)
+    let slots = sources.compactMap(\.slot)
+    try result.positions.reserve(sources.map(\.position), backend: backend)
+    try result.reserve(
+      sources.count, biased: slots.count < sources.count || slots.contains { logBias($0) != 0 },
+      observed: observed?.width ?? 0, counted: slots.contains { tokens($0) != 1 }, backend: backend)
+    result.positions.append(sources.map(\.position))
+    result.observed?.append(repeating: 0, count: sources.count)
+    for (index, source) in sources.enumerated() {
+      result.bias?.append(source.slot.map { logBias($0) } ?? -.infinity)
+      result.counts?.append(UInt32(source.slot.map { tokens($0) } ?? 1))
+      if source.slot.map({ !isLive($0) }) ?? true { result.dead += 1 }
+      guard let slot = source.slot, let observed else { continue }
+      for plane in 0..<observed.width {
+        result.observed?.set(kept + index, plane: plane, observed.base![plane * observed.capacity + slot])
+      }
+    }
+    return result
+  }
+
+  /// Whether there is much more memory than the slots that live need: that is better given back.
   var isRoomy: Bool {
     let most = Column<Float>.roomiest(live)
     return [bias?.capacity ?? 0, observed?.capacity ?? 0, positions.explicit?.capacity ?? 0].contains { $0 > most }

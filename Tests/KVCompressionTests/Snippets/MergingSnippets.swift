@@ -8,7 +8,8 @@ import Testing
     let cam = Policy(try .cam(start: 4, recent: 508, merge: 16), store: .dense(.f16))
     let merger = Policy(try .kvMerger(budget: .fraction(0.5)), store: .dense(.f16))
     let d2o = Policy(try .d2o(heavy: 0.2, recent: 0.1), store: .dense(.f16))
-    for policy in [merged, cam, merger, d2o] {
+    let mini = Policy(store: try Store.kivi(keyBits: 4).miniCache(retained: .distant(0.05)))
+    for policy in [merged, cam, merger, d2o, mini] {
       let again = try PolicyRegistry.standard.policy("\(policy.spec)")
       #expect(again.spec == policy.spec)
     }

@@ -12,6 +12,9 @@ package final class BenchData {
   /// [kvHeads, blockTokens, dim]
   package let keys: [Float]
   package let values: [Float]
+  /// The same of a layer that is much like the first, as neighbouring layers are.
+  private(set) lazy var nearbyKeys = Self.near(keys, values)
+  private(set) lazy var nearbyValues = Self.near(values, keys)
   /// [queryHeads, maximumQueries, dim]
   package let queries: [Float]
 
@@ -38,6 +41,10 @@ package final class BenchData {
     queries = random(Self.shape.queryHeads * Self.maximumQueries * Self.dim, stream: 3)
   }
 
+  private static func near(_ rows: [Float], _ other: [Float]) -> [Float] {
+    rows.indices.map { 0.9 * rows[$0] + 0.3 * other[$0] }
+  }
+
   /// Queries [queryHeads, count, dim] of the heads that read `heads`.
   package func queries(_ count: Int, of heads: [Int]) -> [Float] {
     var result: [Float] = []
@@ -52,8 +59,12 @@ package final class BenchData {
 
   /// Appends tokens `range` of the endless repetition of the block; the range lies in one repetition.
   ///
-  /// - Parameter heads: KV heads the cache has, of the eight; evenly spaced.
-  package func append(_ range: Range<Int>, to cache: KVCache, layer: Int, heads: [Int]) throws(KVError) {
+  /// - Parameters:
+  ///   - heads: KV heads the cache has, of the eight; evenly spaced.
+  ///   - nearby: the rows of the layer that is much like the others.
+  package func append(
+    _ range: Range<Int>, to cache: KVCache, layer: Int, heads: [Int], nearby: Bool = false
+  ) throws(KVError) {
     let first = range.lowerBound % Self.blockTokens
     let row = Self.dim
     let headStride = Self.blockTokens * row
@@ -61,7 +72,7 @@ package final class BenchData {
     let start = heads[0] * headStride + first * row
     let end = heads[heads.count - 1] * headStride + (first + range.count) * row
     // Spans are of these copies (of references), which live as long as the call.
-    let (allKeys, allValues) = (keys, values)
+    let (allKeys, allValues) = nearby ? (nearbyKeys, nearbyValues) : (keys, values)
     try cache.append(
       layer: layer,
       keys: TensorView(

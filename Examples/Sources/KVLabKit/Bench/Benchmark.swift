@@ -49,7 +49,7 @@ package final class Benchmark {
 
   /// - Throws: what caches throw; a failed check is no error but a record with `checked` false.
   package func run() throws(KVError) {
-    progress.begin(steps: options.threads.count * (options.contexts.count + 4))
+    progress.begin(steps: options.threads.count * (options.contexts.count + 5))
     defer { progress.end() }
     for threads in options.threads {
       let backend = try Backend.cpu(threads: threads)
@@ -60,6 +60,8 @@ package final class Benchmark {
         progress.advance("attend, \(tokens) tokens, \(threads) threads")
         try decodeAttention(tokens: tokens, machine)
       }
+      progress.advance("two layers held together, \(threads) threads")
+      try pairedLayers(tokens: 32768, machine)
       progress.advance("append, \(threads) threads")
       try appending(machine)
       progress.advance("SnapKV, \(threads) threads")

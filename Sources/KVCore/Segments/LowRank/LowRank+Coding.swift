@@ -5,9 +5,7 @@
 ///   side whether there is a basis: flag
 ///        1: type u8 · encoder flag · mean flag · rank of each unit count · decoder · encoder · mean, as in `LatentBasis`
 ///        rows count and row store of each store
-/// SEGM   heads count · per head: latents count · slots count · dead count · positions · maybe log biases, observed
-///        attention, counts
-///        the dense window as row segments write it
+/// SEGM   as `SharedSegment` writes it
 /// ```
 extension LowRankStorage {
   package func encode(to writer: inout ByteWriter) {
@@ -27,6 +25,14 @@ extension LowRankStorage {
     guard try reader.bool("whether there are latents") else { return }
     let keys = try side(from: &reader, isKey: true, tokensSeen: tokensSeen)
     let values = try side(from: &reader, isKey: false, tokensSeen: tokensSeen)
+    for member in layers.indices {
+      for head in 0..<shape.kvHeads {
+        let rows = [keys, values].map { store($0, member: member, head: head).rows }
+        guard rows[0] == rows[1] else {
+          throw reader.corrupt("expected as many latents of keys as of values; found \(rows[0]) and \(rows[1])")
+        }
+      }
+    }
     restore(sides: (keys, values))
   }
 
@@ -115,23 +121,11 @@ extension LatentBasis {
   }
 }
 
-extension LowRankSegment {
-  package func encode(to writer: inout ByteWriter) {
-    writer.count(columns.count)
-    for (column, latents) in zip(columns, frozen) {
-      writer.count(latents)
-      column.encode(to: &writer)
-      column.encodeCounts(to: &writer)
-    }
-    window.encode(to: &writer)
-  }
-}
-
 extension LowRankFormat {
   package func decodeSegment(
     from reader: inout ByteReader, layer: LayerShape, tokensSeen: Int, backend: any ComputeBackend
   ) throws(KVError) -> any Segment {
-    try plain.decodeSegment(from: &reader, layer: layer, tokensSeen: tokensSeen, backend: backend)
+    try waiting(layer).decodeSegment(from: &reader, layer: layer, tokensSeen: tokensSeen, backend: backend)
   }
 
   package func decodeStorage(
@@ -148,49 +142,11 @@ extension LowRankFormat {
     from reader: inout ByteReader, on storage: any JointStorage, layer: Int, shape: ModelShape, tokensSeen: Int,
     backend: any ComputeBackend
   ) throws(KVError) -> any Segment {
-    guard let storage = storage as? LowRankStorage, let member = storage.layers.firstIndex(of: layer) else {
+    guard let storage = storage as? LowRankStorage else {
       throw reader.corrupt("expected low-rank storage of this layer")
     }
-    let count = try reader.count("heads of a segment")
-    guard count == storage.shape.kvHeads else {
-      throw reader.corrupt("expected all \(storage.shape.kvHeads) KV heads; found \(count)")
-    }
-    var columns: [SlotColumns] = []
-    var frozen: [Int] = []
-    for head in 0..<count {
-      let (keys, values) =
-        storage.sides.map {
-          (
-            storage.store($0.keys, member: member, head: head).rows,
-            storage.store($0.values, member: member, head: head).rows
-          )
-        } ?? (0, 0)
-      guard keys == values else {
-        throw reader.corrupt("expected as many latents of keys as of values; found \(keys) and \(values)")
-      }
-      do throws(KVError) {
-        let latents = try reader.count("latents", in: 0...tokensSeen)
-        guard latents == keys else {
-          throw reader.corrupt("expected the \(keys) latents of the group; found \(latents)")
-        }
-        frozen.append(latents)
-        var own = try SlotColumns(from: &reader, tokensSeen: tokensSeen, backend: backend)
-        try own.decodeCounts(from: &reader, tokensSeen: tokensSeen, backend: backend)
-        columns.append(own)
-      } catch {
-        throw error.at(head: head)
-      }
-    }
-    let window = try plain.decodeSegment(
-      from: &reader, layer: shape.layers[layer], tokensSeen: tokensSeen, backend: backend)
-    guard let window = window as? RowSegment else { throw reader.corrupt("expected a dense window") }
-    for head in 0..<count {
-      let dense = columns[head].count - frozen[head]
-      guard window.slotCount(head: head) == dense, window.heads[head].dead == 0, window.heads[head].columns.bias == nil
-      else {
-        throw reader.corrupt("expected \(dense) dense rows; found \(window.slotCount(head: head))").at(head: head)
-      }
-    }
-    return LowRankSegment(storage: storage, member: member, columns: columns, frozen: frozen, window: window)
+    return try LowRankSegment.decode(
+      from: &reader, storage: storage, layer: layer, shape: shape.layers[layer],
+      format: waiting(shape.layers[layer]), tokensSeen: tokensSeen, backend: backend)
   }
 }

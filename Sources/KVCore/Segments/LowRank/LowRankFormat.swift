@@ -196,7 +196,7 @@ package struct LowRankFormat: JointFactory {
   package var plain: RowFormat { RowFormat(keys: .dense(window), values: .dense(window)) }
 
   /// The same for one layer: what its rows become may hold less than they.
-  private func plain(_ layer: LayerShape) -> RowFormat {
+  package func waiting(_ layer: LayerShape) -> RowFormat {
     var format = plain
     if let joinedKeys, let later = try? joinedKeys.format(layer: 0, of: layer, ordered: false) {
       // Turning back may bring both channels of a pair into one.
@@ -212,7 +212,7 @@ package struct LowRankFormat: JointFactory {
   // MARK: Factory
 
   package func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment {
-    plain(layer).makeSegment(layer: layer, backend: backend)
+    waiting(layer).makeSegment(layer: layer, backend: backend)
   }
 
   package func validate(backend: any ComputeBackend) throws(KVError) {

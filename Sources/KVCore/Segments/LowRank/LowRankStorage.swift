@@ -1,8 +1,15 @@
+/// One layer of a low-rank tier.
+package typealias LowRankSegment = SharedSegment<LowRankStorage>
+
+extension LowRankSegment {
+  package var lowRank: LowRankStorage { shared }
+}
+
 /// The latents and bases of a group of layers.
 ///
 /// Row i of a unit's latents is slot i of every head that shares them. Heads that hold different tokens are rows of the
 /// same matrix all the same, each turned by positions of its own; what a longer head has beyond the shortest stays dense.
-package final class LowRankStorage: JointStorage {
+package final class LowRankStorage: SharedRows {
   /// One side of the older rows.
   package struct Side {
     /// Nil: rows themselves, one store per layer and head.
@@ -199,7 +206,7 @@ package final class LowRankStorage: JointStorage {
     guard let rest = window.fork() as? RowSegment else { return window }
     try rest.drop(counts.map { Array(0..<$0) })
     try rest.reclaim(eager: true)
-    LowRankSegment.clear(rest)
+    SharedSegment<LowRankStorage>.clear(rest)
     return rest
   }
 
@@ -208,16 +215,68 @@ package final class LowRankStorage: JointStorage {
     guard var (keys, values) = sides else { return }
     sides = nil
     defer { sides = (keys, values) }
-    try encodeTails(of: &keys.stores)
-    try encodeTails(of: &values.stores)
+    for index in keys.stores.indices { try keys.stores[index].flush(batchEnds: false, backend: backend) }
+    for index in values.stores.indices { try values.stores[index].flush(batchEnds: false, backend: backend) }
   }
 
-  private func encodeTails(of stores: inout [RowStore]) throws(KVError) {
-    for index in stores.indices where stores[index].format.body != nil {
-      let due = stores[index].format.rowsToFlush(
-        tail: stores[index].tailRows, dim: stores[index].dim, batchEnds: false)
-      try stores[index].encodeTail(due, backend: backend)
+  // MARK: Reading
+
+  package func rows(member: Int, head: Int) -> Int {
+    sides.map { store($0.keys, member: member, head: head).rows } ?? 0
+  }
+
+  /// A basis knows every row it was made of, and the prompt made it.
+  package func fixedRows(head: Int) -> Int { layers.indices.map { rows(member: $0, head: head) }.max() ?? 0 }
+
+  package func truncate(head: Int, to rows: Int) {}
+
+  package func describe(
+    member: Int, head: Int, range: Range<Int>, columns: SlotColumns, shift: Int, in plan: AttentionPlan
+  ) {
+    guard let sides else { return }
+    let place = place(member: member, head: head)
+    let keyStart = plan.slices.count
+    store(sides.keys, member: member, head: head).slices(range, into: &plan.slices)
+    let valueStart = plan.slices.count
+    store(sides.values, member: member, head: head).slices(range, into: &plan.slices)
+    var work = RowsWork(
+      kvHead: head, count: range.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
+      shift: shift)
+    columns.carry(range, to: &work)
+    work.lowRank = LowRankRows(
+      keyBasis: sides.keys.basis?.run(unit: place.unit, head: place.block),
+      valueBasis: sides.values.basis?.run(unit: place.unit, head: place.block),
+      keyMean: sides.keys.basis?.meanPointer(unit: place.unit, head: place.block),
+      valueMean: sides.values.basis?.meanPointer(unit: place.unit, head: place.block), rotary: rotary)
+    if sides.keys.isJoined { work.lowRank?.keyChannels = channels(block: place.block) }
+    plan.rows.append(work)
+  }
+
+  package func read(
+    member: Int, head: Int, range: Range<Int>, positions: PositionColumn, isKey: Bool,
+    into destination: UnsafeMutablePointer<Float>
+  ) {
+    guard let side = isKey ? sides?.keys : sides?.values else { return }
+    let slices = store(side, member: member, head: head).slices(range)
+    guard let basis = side.basis else {
+      if side.isJoined, let rotary {
+        backend.restore(
+          slices, channels: channels(block: place(member: member, head: head).block),
+          positions: range.map { Int32(positions[$0]) }, rotary: rotary, into: destination)
+        return
+      }
+      var next = destination
+      for slice in slices {
+        backend.read(slice, into: next, stride: slice.run.dim)
+        next += slice.count * slice.run.dim
+      }
+      return
     }
+    let place = place(member: member, head: head)
+    backend.restore(
+      slices, basis: basis.run(unit: place.unit, head: place.block),
+      mean: basis.meanPointer(unit: place.unit, head: place.block),
+      positions: isKey ? range.map { Int32(positions[$0]) } : nil, rotary: isKey ? rotary : nil, into: destination)
   }
 
   // MARK: Matrices
