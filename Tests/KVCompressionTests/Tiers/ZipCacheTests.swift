@@ -70,6 +70,25 @@ import Testing
     }
   }
 
+  /// Equal keys see uniform attention: the normaliser takes 1/(l - i) · Σ 1/(k + 1), k from i, which still falls with i.
+  @Test func uniformAttention() throws {
+    let tokens = 50
+    let policy = Policy(try .zipCache(probes: ProbeQueries(.all, share: 1)), tiers: Self.dense)
+    let cache = try KVCache(policy, queryHeads: 2, kvHeads: 1, dim: 4)
+    let rows = try HeadTensor(
+      heads: 1, tokens: tokens, dim: 4, elements: Array(repeating: 0.5, count: tokens * 4))
+    try cache.append(rows, rows)
+    _ = try cache.attend(normalTensor(2, tokens, 4, seed: 1))
+    let scores = try cache.scores()[0]
+    for (i, score) in scores.enumerated() {
+      let sum = (i..<tokens).reduce(0.0) { $0 + 1 / Double($1 + 1) }
+      // Two query heads share the row.
+      let wanted = 2 * sum / Double(tokens - i)
+      #expect(abs(Double(score) / wanted - 1) < 1e-5, "token \(i): \(score) instead of \(wanted)")
+      if i > 0 { #expect(score < scores[i - 1]) }
+    }
+  }
+
   private func log(_ x: Float) -> Float { Float(_log(Double(x))) }
   private func _log(_ x: Double) -> Double {
     var y = 0.0

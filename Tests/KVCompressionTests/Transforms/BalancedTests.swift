@@ -59,6 +59,9 @@ import Testing
     #expect(cache.bytes.state == 0 && cache.bytes.total + fork.bytes.total > 0)
     let first = try factors(cache, head: 0)
     #expect(abs(first[0] - 0.5) < 1e-6 && abs(first[1] - 4) < 1e-6)
+    // Both ranges become the root of their product: 2 and 4. Rows are divided by factors, queries multiplied.
+    #expect(abs(1 / first[0] - 2) < 1e-5 && abs(16 / first[1] - 4) < 1e-5)
+    #expect(abs(4 * first[0] - 2) < 1e-5 && abs(1 * first[1] - 4) < 1e-5)
     // No key: 1. No query: as large as a factor may be.
     #expect(first[2] == 1 && first[3] == 1e4)
     let second = try factors(cache, head: 1)
