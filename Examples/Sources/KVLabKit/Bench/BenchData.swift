@@ -6,6 +6,8 @@ package final class BenchData {
   package static let shape = LayerShape(queryHeads: 32, kvHeads: 8, keyDim: 128)
   package static let group = 4
   package static let dim = 128
+  /// For stores that turn keys.
+  package static func rotary() throws(KVError) -> RotaryEmbedding { try RotaryEmbedding(headDim: dim) }
   package static let blockTokens = 4096
   package static let maximumQueries = 32
 

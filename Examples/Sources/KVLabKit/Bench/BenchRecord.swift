@@ -15,12 +15,14 @@ package struct BenchRecord: Sendable {
   package var readBandwidth: Double
   /// Its median by that of dense f16 of the same shape, where that was measured too.
   package var ratioToF16: Double?
+  /// Its median by that of the plain store of the same width, of rotated, divided and tiered ones.
+  package var ratioToPlain: Double?
   /// Whether the result agreed with the portable kernels'.
   package var checked: Bool
 
   package init(
     name: String, store: String, tokens: Int, queries: Int, threads: Int, seconds: [Double], bytes: Int,
-    readBandwidth: Double, ratioToF16: Double? = nil, checked: Bool
+    readBandwidth: Double, ratioToF16: Double? = nil, ratioToPlain: Double? = nil, checked: Bool
   ) {
     self.name = name
     self.store = store
@@ -31,6 +33,7 @@ package struct BenchRecord: Sendable {
     self.bytes = bytes
     self.readBandwidth = readBandwidth
     self.ratioToF16 = ratioToF16
+    self.ratioToPlain = ratioToPlain
     self.checked = checked
   }
 
@@ -59,6 +62,7 @@ package struct BenchRecord: Sendable {
       .init("gigabytesPerSecond", .number(bandwidth / 1e9)),
       .init("fractionOfReadBandwidth", .number(bandwidth / readBandwidth)), .init("checked", .bool(checked)),
       .init("ratioToF16", ratioToF16.map { .number($0) } ?? .null),
+      .init("ratioToPlain", ratioToPlain.map { .number($0) } ?? .null),
       .init("readGigabytesPerSecond", .number(readBandwidth / 1e9)),
       .init("minimumMilliseconds", .number((seconds.min() ?? .nan) * 1e3)),
       .init("meanMilliseconds", .number(seconds.reduce(0, +) / Double(seconds.count) * 1e3)),
@@ -66,12 +70,13 @@ package struct BenchRecord: Sendable {
     ])
   }
 
-  package static let heading = row("case", "median ms", "GB/s", "of read", "vs f16", "checked")
+  package static let heading = row("case", "median ms", "GB/s", "of read", "vs f16", "vs plain", "checked")
 
   package var line: String {
     Self.row(
       label, Print.fixed(median * 1e3, 3), Print.fixed(bandwidth / 1e9, 2),
       Print.percent(bandwidth / readBandwidth, digits: 0), ratioToF16.map { Print.fixed($0, 2) } ?? "",
+      ratioToPlain.map { Print.fixed($0, 2) } ?? "",
       checked ? "yes" : "NO")
   }
 

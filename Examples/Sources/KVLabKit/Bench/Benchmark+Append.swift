@@ -56,7 +56,7 @@ extension Benchmark {
 
   /// What is stored must be the same to the bit whatever kernels stored it.
   private func checkAppend(_ store: String, _ cache: KVCache) throws(KVError) -> Bool {
-    let heads = [0, BenchData.shape.kvHeads - 1]
+    let heads = Self.checkedHeads(store, tokens: .max)
     let portable = try self.cache(
       PolicyRegistry.standard.policy(store), layers: 1, heads: heads, .cpu(level: "portable"))
     try appendPass(cache, heads: Self.allHeads)

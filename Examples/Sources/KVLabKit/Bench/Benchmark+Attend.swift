@@ -18,8 +18,9 @@ extension Benchmark {
       counts.contains { wanted("attend", store, tokens, $0, machine) }
     }
     if chosen.isEmpty { return }
-    // f16 is what the others are compared with.
-    let stores = Self.stores.filter { chosen.contains($0) || $0 == "f16" }
+    // f16 is what the others are compared with, and plain forms.
+    let plain = Set(chosen.compactMap { Self.plainForms[$0] })
+    let stores = Self.stores.filter { chosen.contains($0) || $0 == "f16" || plain.contains($0) }
     var contestants: [Contestant] = []
     for store in stores { contestants.append(try contestant(store, tokens, machine)) }
     var bandwidth: [Double] = []
@@ -29,21 +30,26 @@ extension Benchmark {
       for index in contestants.indices {
         let cache = contestants[index].cache
         try attend(cache, layer: 0, queries, count, heads: 8, into: &output)
-        let heads = Self.checkedHeads(tokens: tokens)
+        let heads = Self.checkedHeads(contestants[index].store, tokens: tokens)
         let reference = try reference(contestants[index].store, tokens, count, heads)
         contestants[index].checked[count] = Self.agree(Self.part(output, of: heads), reference)
       }
       try time(&contestants, count, queries, &output, machine, &bandwidth)
     }
     for count in counts {
-      let f16 = contestants.first { $0.store == "f16" }?.seconds[count].map(BenchRecord.median)
+      func median(_ store: String) -> Double? {
+        contestants.first { $0.store == store }?.seconds[count].map(BenchRecord.median)
+      }
+      let f16 = median("f16")
       for contestant in contestants where wanted("attend", contestant.store, tokens, count, machine) {
         let seconds = contestant.seconds[count] ?? []
         report(
           BenchRecord(
             name: "attend", store: contestant.store, tokens: tokens, queries: count, threads: machine.threads,
             seconds: seconds, bytes: contestant.bytes, readBandwidth: BenchRecord.median(bandwidth),
-            ratioToF16: f16.map { BenchRecord.median(seconds) / $0 }, checked: contestant.checked[count] ?? false))
+            ratioToF16: f16.map { BenchRecord.median(seconds) / $0 },
+            ratioToPlain: Self.plainForms[contestant.store].flatMap(median).map { BenchRecord.median(seconds) / $0 },
+            checked: contestant.checked[count] ?? false))
       }
     }
   }
@@ -51,7 +57,8 @@ extension Benchmark {
   private func contestant(_ store: String, _ tokens: Int, _ machine: Machine) throws(KVError) -> Contestant {
     let policy = try PolicyRegistry.standard.policy(store)
     let predicted = try policy.estimate(
-      shape: ModelShape(layers: [BenchData.shape]), prompt: tokens, chunk: BenchData.blockTokens)
+      shape: ModelShape(layers: [BenchData.shape], rotary: BenchData.rotary()), prompt: tokens,
+      chunk: BenchData.blockTokens)
     let layers = coldLayers(bytesPerLayer: predicted.total)
     let cache = try cache(policy, layers: layers, heads: Self.allHeads, machine.backend)
     for layer in 0..<layers { try data.fill(cache, layer: layer, tokens: tokens, heads: Self.allHeads) }

@@ -86,7 +86,7 @@ extension Benchmark {
   }
 
   private func checkSnapKV(_ scores: ScoreTable, _ tokens: Int) throws(KVError) -> Bool {
-    let heads = Self.checkedHeads(tokens: tokens)
+    let heads = Self.checkedHeads("", tokens: tokens)
     var own: [Float] = []
     for head in heads { for row in 0..<scores.rowCount(head: head) { own.append(scores[head, row]) } }
     if references["snapkv"] == nil {
@@ -166,7 +166,7 @@ extension Benchmark {
 
   /// Three steps on the last layer: the same rows survive and the outputs agree.
   private func checkH2O(_ cache: KVCache, _ rows: Int, _ policy: Policy) throws(KVError) -> Bool {
-    let heads = Self.checkedHeads(tokens: rows)
+    let heads = Self.checkedHeads("", tokens: rows)
     let portable = try self.cache(policy, layers: 1, heads: heads, .cpu(level: "portable"))
     try fillObserved(portable, 0, rows, heads: heads)
     let layer = cache.shape.layers.count - 1

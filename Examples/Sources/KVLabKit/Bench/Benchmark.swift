@@ -24,11 +24,26 @@ package struct BenchOptions: Sendable {
 /// Shape: 32 query heads, 8 KV heads, 128 channels. Cold: layers of one cache take turns, as in a model, and together
 /// they are several times the last-level cache.
 package final class Benchmark {
-  static let stores = [
-    "f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)",
-    "int8", "int8(format=int4,group=32,metadata=f16)", "fp8", "ggml(keys=q8_0,values=q8_0)",
-    "ggml(keys=q5_1,values=q5_1)",
-    "ggml(keys=q4_0,values=q4_0)", "ggml(keys=iq4_nl,values=iq4_nl)",
+  static let stores =
+    [
+      "f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)",
+      "int8", "int8(format=int4,group=32,metadata=f16)", "fp8", "ggml(keys=q8_0,values=q8_0)",
+      "ggml(keys=q5_1,values=q5_1)",
+      "ggml(keys=q4_0,values=q4_0)", "ggml(keys=iq4_nl,values=iq4_nl)",
+      "pertoken(bits=4,group=32)", "pertoken(bits=2,group=32)", "cst(bits=4)",
+    ] + plainForms.keys.sorted()
+  /// Rotated, divided and tiered stores, and the plain store of the same width that each is compared with.
+  static let plainForms = [
+    "pertoken(bits=4,group=32)+rotated": "pertoken(bits=4,group=32)",
+    "pertoken(bits=2,group=32)+rotated": "pertoken(bits=2,group=32)",
+    "kivi(bits=4)+rotated(keys=false)": "kivi(bits=4)",
+    "ggml(keys=q4_0,values=q4_0)+rotated": "ggml(keys=q4_0,values=q4_0)",
+    "rotatekv(bits=4)": "pertoken(bits=4,group=32)",
+    "rotatekv(bits=2)": "pertoken(bits=2,group=32)",
+    // As ZipCache's two widths lie: any row in either.
+    "random(budget=1.0)+tiers(shares=[0.6,0.4],every=0)+cst(bits=4)+cst(bits=2)": "cst(bits=4)",
+    "tiers(shares=[0.25,0.75],every=0)+kivi(bits=4)+kivi(bits=2)": "kivi(bits=4)",
+    "random(budget=1.0)+tiers(shares=[0.25,0.75],every=0)+kivi(bits=4)+kivi(bits=2)": "kivi(bits=4)",
   ]
   static let allHeads = Array(0..<BenchData.shape.kvHeads)
 
@@ -117,12 +132,17 @@ package final class Benchmark {
   ) throws(KVError) -> KVCache {
     try KVCache(
       shape: ModelShape(
-        layerCount: layers, queryHeads: heads.count * BenchData.group, kvHeads: heads.count, headDim: BenchData.dim),
+        layerCount: layers, queryHeads: heads.count * BenchData.group, kvHeads: heads.count, headDim: BenchData.dim,
+        rotary: BenchData.rotary()),
       policy: policy, backend: backend)
   }
 
-  /// The heads that a check compares: all of a short context, the first and the last of a long one.
-  static func checkedHeads(tokens: Int) -> [Int] { tokens <= 8192 ? allHeads : [0, BenchData.shape.kvHeads - 1] }
+  /// The heads that a check compares: all of a short context, the first and the last of a long one. Where a head's rows
+  /// depend on which head it is, all.
+  static func checkedHeads(_ store: String, tokens: Int) -> [Int] {
+    let depends = store.hasPrefix("rotatekv") || store.hasPrefix("random")
+    return depends || tokens <= 8192 ? allHeads : [0, BenchData.shape.kvHeads - 1]
+  }
 
   static func seconds(_ body: () throws(KVError) -> Void) throws(KVError) -> Double {
     let clock = ContinuousClock()

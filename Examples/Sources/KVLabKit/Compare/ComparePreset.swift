@@ -49,12 +49,15 @@ package enum ComparePreset: String, Sendable, CaseIterable {
     var texts: [String] = []
     for method in QuantizationMethods.all {
       switch method.role {
-      case .store where method.has("bits"): texts += [8, 4, 3, 2].map { "\(method.name)(bits=\($0))" }
+      case .store where method.has("bits"):
+        let rest = Self.rest[method.name].map { "," + $0 } ?? ""
+        texts += [8, 4, 3, 2].map { "\(method.name)(bits=\($0)\(rest))" }
       case .store: texts += Self.formats[method.name, default: [""]].map { method.name + $0 }
       // A transform in front of codes matters where they are coarse.
-      case .storeModifier: texts += [4, 3, 2].map { "pertoken(bits=\($0))+\(method.name)" }
-      case .selection: texts.append(method.name + Self.tiers[method.name, default: ""])
-      case .modifier: texts.append("h2o(budget=1.0)+\(method.name)(shares=[0.2,0.8])+f16+kivi(bits=2)")
+      case .storeModifier: texts += [8, 4, 3, 2].map { "pertoken(bits=\($0))+\(method.name)" }
+      case .selection: texts += Self.tiers[method.name, default: [""]].map { method.name + $0 }
+      case .modifier:
+        texts += [4, 3, 2].map { "h2o(budget=1.0)+\(method.name)(shares=[0.2,0.8])+f16+kivi(bits=\($0))" }
       case .layers: break
       }
     }
@@ -65,11 +68,25 @@ package enum ComparePreset: String, Sendable, CaseIterable {
   private static let formats = [
     "int8": ["", "(format=int4)"], "fp8": ["", "(format=e5m2)"],
     "ggml": ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"].map { "(keys=\($0),values=\($0))" },
-    "quant": ["(keys=q8_0,values=q4_0)", "(keys=channel,key_bits=4,values=int4)"],
+    // Widths apart, axes apart, and what the published orderings compare: keys per channel or per token, no window.
+    "quant": [
+      "(keys=q8_0,values=q4_0)", "(keys=channel,key_bits=4,values=int4)",
+      "(keys=channel,key_bits=4,values=token,value_bits=2)", "(keys=channel,key_bits=2,values=token,value_bits=4)",
+      "(keys=channel,key_bits=2,key_residual=32,values=token,value_bits=2)",
+      "(keys=token,key_bits=2,values=token,value_bits=2)",
+      "(keys=channel,key_bits=2,key_residual=32,values=channel,value_bits=2,value_residual=32)",
+      "(keys=token,key_bits=2,values=channel,value_bits=2,value_residual=32)",
+    ],
   ]
 
-  /// Stores of the selections that have none of their own.
-  private static let tiers = ["mikv": "+f16+pertoken(bits=2)+balanced"]
+  /// Options beside the bits: a group that fits heads of 64 channels.
+  private static let rest = ["rotatekv": "group=64"]
+
+  /// Stores of the selections: what is important in the first, the bits in question in the second.
+  private static let tiers = [
+    "mikv": [8, 4, 3, 2].map { "+f16+pertoken(bits=\($0))+balanced" },
+    "zipcache": ["+cst(bits=8)+cst(bits=4)", "", "+cst(bits=4)+cst(bits=3)", "+cst(bits=3)+cst(bits=2)"],
+  ]
 
   private static func merging(_ method: MethodDescription, _ ratios: [Double]) -> [String] {
     switch method.role {

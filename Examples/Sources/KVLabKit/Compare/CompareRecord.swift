@@ -8,6 +8,8 @@ package struct CompareRecord: Sendable {
   package var bytesPerToken: Double
   /// How many times smaller than two bytes a number.
   package var ratio: Double
+  /// What those bytes are for each element of the tokens seen, metadata and window included.
+  package var bitsPerElement: Double { 16 / ratio }
   package var perplexity: Double
   /// Perplexity over the full cache's, minus 1: 0.05 is 5 % worse.
   package var perplexityChange: Double
@@ -33,7 +35,8 @@ package struct CompareRecord: Sendable {
   package var json: JSONText {
     .object([
       .init("policy", .string(policy)), .init("spec", .string(spec)), .init("bytesPerToken", .number(bytesPerToken)),
-      .init("ratio", .number(ratio)), .init("perplexity", .number(perplexity)),
+      .init("ratio", .number(ratio)), .init("bitsPerElement", .number(bitsPerElement)),
+      .init("perplexity", .number(perplexity)),
       .init("perplexityChange", .number(perplexityChange)), .init("klDivergence", .number(klDivergence)),
       .init("attentionError", .number(attentionError)), .init("needleAccuracy", .number(needles.codeAccuracy)),
       .init("prefillTokensPerSecond", .number(prefillTokensPerSecond)),
@@ -56,12 +59,14 @@ package struct CompareRecord: Sendable {
 
   package static func table(_ records: [CompareRecord]) -> String {
     var table = TextTable([
-      "policy", "B/token", "ratio", "ppl", "change", "KL", "attn err", "needle", "aware", "1 needle", "1 aware",
+      "policy", "B/token", "ratio", "bits/el", "ppl", "change", "KL", "attn err", "needle", "aware", "1 needle",
+      "1 aware",
       "prefill/s", "decode/s", "peak", "rows/head",
     ])
     for record in records {
       table.rows.append([
         record.policy, Print.fixed(record.bytesPerToken, 0), Print.fixed(record.ratio, 2) + "x",
+        Print.fixed(record.bitsPerElement, 2),
         Print.fixed(record.perplexity, 2), Print.percent(record.perplexityChange, sign: true),
         Print.fixed(record.klDivergence, 4), Print.fixed(record.attentionError, 4),
         Print.percent(record.needles.codeAccuracy, digits: 0),
