@@ -25,12 +25,12 @@ extension RowAttention {
     else { return }
     let m = first.queries.rows
     var layout = Layout()
-    let rows = space.memory + layout.take(LatentSpace.tileRows * width)
-    let own = space.memory + layout.take(LatentSpace.tileRows * keyDim)
+    let rows = space.memory + layout.take(LatentSpace.joinedRows * width)
+    let table = space.memory + layout.take(keyDim)
     let turned = space.memory + layout.take(m * keyDim)
     let formed = space.memory + layout.take(members.count * m * blockRows)
     let offsets = space.backend.offsets(of: rotary)
-    withUnsafeTemporaryAllocation(of: UInt32.self, capacity: LatentSpace.tileRows) { buffer in
+    withUnsafeTemporaryAllocation(of: UInt32.self, capacity: LatentSpace.joinedRows) { buffer in
       guard let distances = buffer.baseAddress else { return }
       var start = range.lowerBound
       while start < range.upperBound {
@@ -39,7 +39,7 @@ extension RowAttention {
         while row < end {
           let position = first.work.position(row)
           var next = row
-          while next < end, next - row < LatentSpace.tileRows,
+          while next < end, next - row < LatentSpace.joinedRows,
             (0..<RotaryOffsets.count).contains(first.work.position(next) - position)
           {
             distances[next - row] = UInt32(first.work.position(next) - position)
@@ -49,9 +49,10 @@ extension RowAttention {
             space.backend.read(
               RunSlice(run: run, first: at, count: count), into: rows + offset * width, stride: width)
           }
+          offsets.table(of: position, back: true, into: table)
           for index in members.indices {
             form(
-              members[index], rows, width, row..<next, from: position, distances, own, turned, offsets,
+              members[index], rows, width, row..<next, from: position, distances, table, turned, offsets,
               into: formed + index * m * blockRows + row - start)
           }
           row = next
@@ -67,32 +68,29 @@ extension RowAttention {
     }
   }
 
-  /// Logits of one head against a tile.
+  /// Logits of one head against a tile, whose channels are turned where they lie.
   private func form(
-    _ member: JoinedMember, _ rows: UnsafePointer<Float>, _ width: Int, _ tile: Range<Int>, from position: Int,
-    _ distances: UnsafePointer<UInt32>, _ own: UnsafeMutablePointer<Float>, _ turned: UnsafeMutablePointer<Float>,
-    _ offsets: RotaryOffsets, into target: UnsafeMutablePointer<Float>
+    _ member: JoinedMember, _ rows: UnsafeMutablePointer<Float>, _ width: Int, _ tile: Range<Int>,
+    from position: Int, _ distances: UnsafePointer<UInt32>, _ table: UnsafePointer<Float>,
+    _ turned: UnsafeMutablePointer<Float>, _ offsets: RotaryOffsets, into target: UnsafeMutablePointer<Float>
   ) {
     guard let channels = member.work.lowRank?.keyChannels else { return }
-    for row in 0..<tile.count {
-      (own + row * keyDim).update(from: rows + row * width + channels.lowerBound, count: keyDim)
-    }
+    let own = rows + channels.lowerBound
     let m = member.queries.rows
     turned.update(from: member.queries.base, count: m * keyDim)
     // Heads may hold their tokens at other positions than the first one.
     if members(member, holds: distances, from: position, tile) {
-      offsets.turn(own, stride: keyDim, offsets: distances, count: tile.count, back: false, kernels)
-      offsets.turn(turned, stride: keyDim, by: position, count: m, back: true, kernels)
+      offsets.turn(own, stride: width, offsets: distances, count: tile.count, back: false, kernels)
+      offsets.turn(turned, stride: keyDim, table: table, count: m, kernels)
     } else {
-      offsets.turn(own, stride: keyDim, count: tile.count, back: false, kernels) {
+      offsets.turn(own, stride: width, count: tile.count, back: false, kernels) {
         member.work.position(tile.lowerBound + $0)
       }
     }
-    let run = RowRun(encoding: .dense(.f32), dim: keyDim, capacity: tile.count, base: own)
-    withUnsafePointer(to: run.kernelRun) {
-      kernels.pointee.logits!(
-        $0, 0, UInt32(tile.count), turned, UInt32(m), keyDim, scale, target, blockRows, scratch)
-    }
+    var run = RowRun(encoding: .dense(.f32), dim: keyDim, capacity: tile.count, base: own).kernelRun
+    run.row_stride = Int64(width)
+    kernels.pointee.logits!(
+      &run, 0, UInt32(tile.count), turned, UInt32(m), keyDim, scale, target, blockRows, scratch)
   }
 
   private func members(
@@ -117,11 +115,14 @@ extension AttentionPlanView {
 }
 
 extension LatentSpace {
+  /// Rows decoded at a time: those of all heads stay in the second-level cache.
+  static let joinedRows = 64
+
   /// Floats for keys side by side, of at most `members` heads at a time.
   static func joinedFloats(width: Int, rows m: Int, keyDim: Int, members: Int) -> Int {
     var layout = Layout()
-    _ = layout.take(tileRows * width)
-    _ = layout.take(tileRows * keyDim)
+    _ = layout.take(joinedRows * width)
+    _ = layout.take(keyDim)
     _ = layout.take(m * keyDim)
     _ = layout.take(members * m * blockRows)
     return layout.total

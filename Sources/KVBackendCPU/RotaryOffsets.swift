@@ -56,6 +56,28 @@ final class RotaryOffsets: Sendable {
       rows, stride, UInt32(count), UInt32(pairs), step, partner, cosines, back ? negativeSines : sines, offsets)
   }
 
+  /// Cosines and sines of one position, or those that turn back, for `turn(_:stride:table:count:_:)`: one angle a pair,
+  /// `2 * pairs` numbers.
+  func table(of position: Int, back: Bool, into base: UnsafeMutablePointer<Float>) {
+    for pair in 0..<pairs {
+      let angle = Double(position) * Double(inverseFrequencies[pair])
+      base[pair] = Float(cos(angle))
+      base[pairs + pair] = back ? -Float(sin(angle)) : Float(sin(angle))
+    }
+  }
+
+  /// Turns rows by the position of a table.
+  func turn(
+    _ rows: UnsafeMutablePointer<Float>, stride: Int, table: UnsafePointer<Float>, count: Int,
+    _ kernels: UnsafePointer<ckv_kernels>
+  ) {
+    var zero: UInt32 = 0
+    for row in 0..<count {
+      kernels.pointee.turn!(
+        rows + row * stride, stride, 1, UInt32(pairs), step, partner, table, table + pairs, &zero)
+    }
+  }
+
   /// Turns rows by one position, the same for all, or back.
   func turn(
     _ rows: UnsafeMutablePointer<Float>, stride: Int, by position: Int, count: Int, back: Bool,
@@ -64,16 +86,8 @@ final class RotaryOffsets: Sendable {
     if position == 0 { return }
     withUnsafeTemporaryAllocation(of: Float.self, capacity: 2 * pairs) { table in
       guard let base = table.baseAddress else { return }
-      for pair in 0..<pairs {
-        let angle = Double(position) * Double(inverseFrequencies[pair])
-        base[pair] = Float(cos(angle))
-        base[pairs + pair] = back ? -Float(sin(angle)) : Float(sin(angle))
-      }
-      var zero: UInt32 = 0
-      for row in 0..<count {
-        kernels.pointee.turn!(
-          rows + row * stride, stride, 1, UInt32(pairs), step, partner, base, base + pairs, &zero)
-      }
+      self.table(of: position, back: back, into: base)
+      turn(rows, stride: stride, table: base, count: count, kernels)
     }
   }
 

@@ -1,4 +1,5 @@
 public import KVCore
+public import KVTensorFiles
 
 /// RotateKV: keys before their rotary embedding, rotated over several heads, channels sorted by calibration so that alike
 /// ones share a group, in as few as two bits; values rotated within a head. arXiv 2501.16383 (IJCAI 2025).
@@ -37,14 +38,15 @@ extension Store {
   ///   - group: channels that share a scale and minimum; a group of keys may hold channels of several heads.
   ///   - heads: KV heads whose keys are rotated together, a power of two.
   ///   - clip: what minimum and maximum of a group are multiplied by; nil: 0.8 for two bits, 1 for more.
-  ///   - channelOrder: per layer, the order of the rotated channels of all heads; nil: as they are.
+  ///   - calibration: the keys' `order` of every layer, one of the rotated channels of all heads; nil: as they are.
   ///   - gap: new tokens that wait dense and are encoded together.
   ///   - window: element type of these.
   ///   - metadata: element type of scales and minima.
-  /// - Throws: `invalidOption` for numbers outside these and for what is no permutation.
+  /// - Throws: `invalidOption` for numbers outside these and for what is no permutation; `missingInput`, `shapeMismatch` for
+  ///   a calibration without orders.
   public static func rotateKV(
     keyBits: Int = 2, valueBits: Int? = nil, group: Int = 128, heads: Int = 4, clip: Double? = nil,
-    levels: RangeLevels = .exact, channelOrder: [[Int]]? = nil, gap: Int = 32, window: ElementType = .f16,
+    levels: RangeLevels = .exact, calibration: NamedCalibration? = nil, gap: Int = 32, window: ElementType = .f16,
     metadata: ElementType = .f16
   ) throws(KVError) -> Store {
     guard (1...64).contains(heads), heads & (heads - 1) == 0, (1...1 << 20).contains(gap) else {
@@ -60,10 +62,10 @@ extension Store {
         0, window: window, body: .affinePerToken(bits: bits, group: group, zero: zero, metadata: metadata))
     }
     let keys = try side(keyBits)
-    for order in channelOrder ?? [] { _ = try keys.reordered(order) }
+    let orders = try calibration.map { (named) throws(KVError) in try channelOrders(named.calibration, keys) }
     var format = LowRankFormat(
       keys: .full, values: .full, keyLatents: keys, valueLatents: keys, basis: .f32, window: window)
-    format.joinedKeys = JoinedKeys(rows: keys, headGroup: heads, orders: channelOrder)
+    format.joinedKeys = JoinedKeys(rows: keys, headGroup: heads, orders: orders)
     format.valueRows = try side(valueBits)
     format.rotatesValues = true
     format.continuation = .project(keeping: 0)
@@ -75,7 +77,26 @@ extension Store {
       SpecOption("levels", .text(levels.rawValue)), SpecOption("gap", .integer(gap)),
       SpecOption("window", .text(window.name)), SpecOption("metadata", .text(metadata.name)),
     ]
+    options += NamedCalibration.options(calibration)
     return Store(spec: StageSpec(name: "rotatekv", options: options), factory: format)
+  }
+
+  /// By layer, the order that a calibration has of the keys of all heads.
+  private static func channelOrders(
+    _ calibration: Calibration, _ keys: SideFormat
+  ) throws(KVError) -> [Int: [Int]] {
+    try calibration.require(keysBeforeRotation: true)
+    let layers = calibration.layers(with: "order", of: .keys)
+    guard !layers.isEmpty else {
+      throw KVError(.missingInput, "a calibration with an order of the keys' channels expected; this one has none")
+    }
+    var orders: [Int: [Int]] = [:]
+    for layer in layers {
+      let order = try calibration.integers("order", of: .keys, layer: layer, shape: [1, nil], in: 0...4095)
+      do throws(KVError) { _ = try keys.reordered(order) } catch { throw error.at(layer: layer) }
+      orders[layer] = order
+    }
+    return orders
   }
 
   /// `rotatekv(bits=2,group=128,heads=4)`.
@@ -91,17 +112,19 @@ extension Store {
       .init("gap", "new tokens that wait dense and are encoded together"),
       .init("window", "element type of the tokens that wait: f32, f16 or bf16"),
       .init("metadata", "element type of scales and minima: f32, f16 or bf16"),
-    ]
+    ] + NamedCalibration.descriptions
   ) { (reader) throws(KVError) in
     let bits = try CodeBits(from: &reader, default: 2)
     let group = try reader.int("group", default: 128, in: 8...4096)
     let heads = try reader.int("heads", default: 4, in: 1...64)
     let clip = try reader.optionalDouble("clip", in: 0.01...1)
     let levels = try reader.name("levels", default: "exact", among: RangeLevels.allCases.map(\.rawValue))
+    let calibration = try reader.calibration()
     return .store(
       try .rotateKV(
         keyBits: bits.keys, valueBits: bits.values, group: group, heads: heads, clip: clip,
-        levels: RangeLevels(rawValue: levels) ?? .exact, gap: reader.int("gap", default: 32, in: 1...1_048_576),
+        levels: RangeLevels(rawValue: levels) ?? .exact, calibration: calibration,
+        gap: reader.int("gap", default: 32, in: 1...1_048_576),
         window: reader.elementType("window", default: .f16), metadata: reader.elementType("metadata", default: .f16)))
   }
 }

@@ -39,6 +39,7 @@ import Testing
       "ggml(keys=q5_1,values=iq4_nl)", "ggml(keys=dense,values=q4_1)", "ggml(keys=q4_0,values=q5_0,residual=7)",
       "quant(keys=q8_0,values=int4)", "quant(keys=token,key_bits=3,values=f16)",
       "kivi(bits=2,residual=32)+layers(first=1,last=0)+ggml(keys=q4_0)",
+      "rotatekv(bits=4,group=32,gap=4)", "rotatekv(bits=8,heads=2,levels=squared)",
       "svd(rank_k=0.2,rank_v=full,new=project,keep=3,latents=int4)",
       "svd(rank_k=full,rank_v=0.5,scope=head,new=refresh,keep=2,every=5)",
       "f16+minicache(from=0)", "kivi(bits=4,residual=32)+minicache(from=0,retain=share,scope=layer)",

@@ -154,10 +154,13 @@ struct AdaptiveHeads: Allocator {
     let balanced = Policy(store: try low.balanced())
     #expect(balanced.spec.description == "low+balanced")
     let rotated = Policy(store: try .kivi().rotated(keys: nil, values: .signs(seed: 7)))
-    let channelOrder = [Array((0..<128).reversed()), Array(0..<128)]
+    let name = Calibration.Name(layer: 0, side: .keys, quantity: "order")
+    let orders = NamedCalibration(
+      try Calibration([name: .init(shape: [1, 4], integers: [3, 1, 0, 2])]), source: "orders.safetensors")
     let rotateKV = Policy(
       try Selection.everything.tiers(shares: TierShares([0, 1]), sinks: 20),
-      tiers: [.dense(.f16), try .rotateKV(keyBits: 4, valueBits: 2, channelOrder: channelOrder)])
+      tiers: [.dense(.f16), try .rotateKV(keyBits: 4, valueBits: 2, calibration: orders)])
+    #expect(rotateKV.spec.description.contains("checksum=xxh64-"))
     let both = Policy(try .snapKV(budget: .fraction(0.25)), store: try .kivi(keyBits: 2))
     let zipCache = Policy(
       try .zipCache(salient: 0.6, probes: ProbeQueries(.mixed, share: 0.1, seed: 7)),
@@ -175,7 +178,7 @@ struct AdaptiveHeads: Allocator {
     let edges = try Store.kivi(keyBits: 2).except(in: LayerChoice(first: 2, last: 2), .kivi(keyBits: 8))
 
     for policy in [
-      dense, streaming, h2o, snapKV, kivi, cst, rotated, rotateKV, both, mixed, zipCache, miKV, perToken, int8, fp8,
+      dense, streaming, h2o, snapKV, kivi, cst, rotated, both, mixed, zipCache, miKV, perToken, int8, fp8,
       ggml, quant,
       Policy(store: edges),
     ] {

@@ -14,7 +14,7 @@ import Testing
     let order = try Goldens.reference(run.entry, "permutation").numbers.map { Int($0) }
     let store = try Store.rotateKV(
       keyBits: run.entry.int("bits"), group: run.entry.int("group"), heads: run.entry.int("headGroup"),
-      levels: .squared, channelOrder: [order], window: .f32, metadata: .f32)
+      levels: .squared, calibration: RotateKVTests.calibration([order]), window: .f32, metadata: .f32)
     let cache = try KVCache(
       Policy(store: store), queryHeads: input.queries.heads, kvHeads: heads, dim: dim,
       rotary: try RotaryEmbedding(headDim: dim, theta: 500_000))

@@ -1,3 +1,4 @@
+import Foundation
 import KVCompression
 import KVExperiments
 import Testing
@@ -18,12 +19,23 @@ import Testing
     return order
   }
 
+  /// A calibration made in code, one order a layer.
+  static func calibration(_ orders: [[Int]]) throws -> NamedCalibration {
+    var tensors: [Calibration.Name: Calibration.Tensor] = [:]
+    for (layer, order) in orders.enumerated() {
+      tensors[Calibration.Name(layer: layer, side: .keys, quantity: "order")] =
+        Calibration.Tensor(shape: [1, order.count], integers: order.map { Int32($0) })
+    }
+    return NamedCalibration(try Calibration(tensors, metadata: ["rope": "pre"]))
+  }
+
   static func store(
     _ geometry: Geometry, bits: Int = 8, layers: Int = 2, gap: Int = 32, window: ElementType = .f32
   ) throws -> Store {
     try .rotateKV(
       keyBits: bits, group: 32, clip: 1,
-      channelOrder: (0..<layers).map { Self.order(geometry.kvHeads * geometry.keyDim, seed: UInt64($0)) }, gap: gap,
+      calibration: calibration(
+        (0..<layers).map { Self.order(geometry.kvHeads * geometry.keyDim, seed: UInt64($0)) }), gap: gap,
       window: window, metadata: .f32)
   }
 
@@ -185,13 +197,29 @@ import Testing
     for clip in [0, -1, 1.01, 0.805, .nan] {
       expectError(.invalidOption, "clip") { _ = try ZeroPoint(clip: clip) }
     }
-    expectError(.invalidOption, "once") { _ = try Store.rotateKV(channelOrder: [[0, 1, 1, 3]]) }
+    expectError(.invalidOption, "once", layer: 0) {
+      _ = try Store.rotateKV(calibration: Self.calibration([[0, 1, 1, 3]]))
+    }
+    let name = Calibration.Name(layer: 0, side: .keys, quantity: "order")
+    let order = Calibration.Tensor(shape: [1, 2], integers: [1, 0])
+    expectError(.invalidOption, "rope=pre") {
+      _ = try Store.rotateKV(calibration: NamedCalibration(Calibration([name: order], metadata: ["rope": "post"])))
+    }
+    let other = Calibration.Name(layer: 0, side: .values, quantity: "order")
+    expectError(.missingInput, "order") {
+      _ = try Store.rotateKV(calibration: NamedCalibration(Calibration([other: order])))
+    }
+    let heads = Calibration.Tensor(shape: [2, 2], integers: [1, 0, 0, 1])
+    expectError(.shapeMismatch, "[2, 2]", layer: 0) {
+      _ = try Store.rotateKV(calibration: NamedCalibration(Calibration([name: heads])))
+    }
     expectError(.invalidOption, "heads together") { _ = try Store.rotateKV(heads: 3) }
     let geometry = Geometry(4, 4, 16)
     let shape = try geometry.shape(layers: 2, rotary: true)
-    let short = Policy(store: try .rotateKV(channelOrder: [Self.order(64, seed: 1)]))
-    expectError(.missingInput, "layers", layer: 1) { _ = try KVCache(shape: shape, policy: short, backend: .cpu()) }
-    let narrow = Policy(store: try .rotateKV(channelOrder: [Self.order(32, seed: 1), Self.order(64, seed: 1)]))
+    let short = Policy(store: try .rotateKV(calibration: Self.calibration([Self.order(64, seed: 1)])))
+    expectError(.missingInput, "order", layer: 1) { _ = try KVCache(shape: shape, policy: short, backend: .cpu()) }
+    let narrow = Policy(
+      store: try .rotateKV(calibration: Self.calibration([Self.order(32, seed: 1), Self.order(64, seed: 1)])))
     expectError(.shapeMismatch, "64", layer: 0) { _ = try KVCache(shape: shape, policy: narrow, backend: .cpu()) }
     let plain = geometry.shape(layers: 2)
     expectError(.missingInput, "rotary") {
@@ -206,6 +234,36 @@ import Testing
         values: TensorView(large.span, heads: 4, tokens: 1, dim: 16))
     }
     #expect(cache.tokensSeen(layer: 0) == 0)
+  }
+
+  /// An order by the path of its file: the text says which, a saved cache finds it again, and a file that changed is
+  /// refused.
+  @Test func calibrationByPath() throws {
+    let path = FileManager.default.temporaryDirectory.appending(path: "rotatekv-\(UUID().uuidString).safetensors")
+      .path()
+    defer { try? FileManager.default.removeItem(atPath: path) }
+    let geometry = Geometry(4, 2, 32)
+    let shape = try geometry.shape(layers: 2, rotary: true)
+    func orders(_ seed: UInt64) throws -> NamedCalibration {
+      try Self.calibration([Self.order(64, seed: seed), Self.order(64, seed: seed + 1)])
+    }
+    try orders(1).calibration.write(to: path)
+    let traffic = Traffic(shape, tokens: 50)
+    let cache = try makeCache("rotatekv(bits=4,group=32,calibration=\"\(path)\")", shape)
+    try traffic.run(cache, prompt: 40)
+    let plain = try makeCache("rotatekv(bits=4,group=32)", shape)
+    try traffic.run(plain, prompt: 40)
+    #expect(try cache.read(layer: 1, head: 0) != plain.read(layer: 1, head: 0))
+    let code = try KVCache(
+      shape: shape, policy: Policy(store: .rotateKV(keyBits: 4, group: 32, calibration: orders(1))), backend: .cpu())
+    try traffic.run(code, prompt: 40)
+    #expect(try cache.read(layer: 1, head: 0) == code.read(layer: 1, head: 0))
+    let loaded = try KVCache.load(saved: cache.saved(), backend: .cpu())
+    #expect(try loaded.read(layer: 1, head: 1) == cache.read(layer: 1, head: 1))
+    // No text can name what was made in code.
+    expectError(.missingInput, "in code") { _ = try KVCache.load(saved: code.saved(), backend: .cpu()) }
+    try orders(5).calibration.write(to: path)
+    expectError(.invalidOption, "xxh64-") { _ = try KVCache.load(saved: cache.saved(), backend: .cpu()) }
   }
 
   /// Sinks stay exact in a store of their own.

@@ -105,10 +105,10 @@ package struct JoinedKeys: Hashable, Sendable {
   package var rows: SideFormat
   /// Heads that are rotated together, at most; a power of two.
   package var headGroup: Int
-  /// Per layer, the order of the channels of all heads behind the rotation. Nil: as they are.
-  package var orders: [[Int]]?
+  /// By layer, the order of the channels of all heads behind the rotation. Nil: as they are.
+  package var orders: [Int: [Int]]?
 
-  package init(rows: SideFormat, headGroup: Int, orders: [[Int]]? = nil) {
+  package init(rows: SideFormat, headGroup: Int, orders: [Int: [Int]]? = nil) {
     self.rows = rows
     self.headGroup = headGroup
     self.orders = orders
@@ -121,11 +121,10 @@ package struct JoinedKeys: Hashable, Sendable {
     var format = rows
     if channels & 1 == 0 { format = try format.rotated(.hadamard(block: min(channels & -channels, 4096))) }
     guard ordered, let orders else { return format }
-    guard orders.indices.contains(layer) else {
-      throw KVError(
-        .missingInput, "the channel order has \(orders.count) layers and none for this one", layer: layer)
+    guard let order = orders[layer] else {
+      throw KVError(.missingInput, "the calibration has no order of this layer's channels", layer: layer)
     }
-    return try format.reordered(orders[layer])
+    return try format.reordered(order)
   }
 }
 
@@ -243,7 +242,8 @@ package struct LowRankFormat: JointFactory {
 
   package func bytes(rows: Int, layer: LayerShape, observed: Int) -> Int {
     let slots = Column<Float>.grown(capacity: rows, count: rows, adding: 1)
-    let window = plain.bytes(rows: min(rows, continuation.mostDense), layer: layer, observed: observed)
+    let window = plain.bytes(
+      rows: min(rows, max(continuation.mostDense, continuation.kept + together)), layer: layer, observed: observed)
     let keyBytes =
       joinedKeys.map { $0.rows.bytes(rows: rows, dim: layer.kvHeads * layer.keyDim) / layer.kvHeads }
       ?? side(keys, keyLatents, rows: rows, dim: layer.keyDim, layer)
