@@ -117,6 +117,32 @@ CKV_INLINE void transpose_lanes(const __m512i from[4], __m512i to[4]) {
   to[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
+/* The same from four rows of words in memory, `dim` words apart. Moving 128 bits across lanes competes with the
+ * multiplications; half of it is done by loads. */
+CKV_INLINE void load_lanes(const uint32_t *from, uint32_t dim, __m512i to[4]) {
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i += 2, from += 8) {
+    __m512i even = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from));
+    __m512i odd = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(from + dim)));
+    even = _mm512_inserti64x4(even, _mm256_loadu_si256((const __m256i *)(from + 2 * (size_t)dim)), 1);
+    odd = _mm512_inserti64x4(odd, _mm256_loadu_si256((const __m256i *)(from + 3 * (size_t)dim)), 1);
+    to[i] = _mm512_mask_permutex_epi64(even, 0xcc, odd, 0x44);
+    to[i + 1] = _mm512_mask_permutex_epi64(odd, 0x33, even, 0xee);
+  }
+}
+
+/* Codes of 2 bits of two rows of words, 16 channels each, as nibbles: lanes are the words, their low and high pairs. */
+CKV_INLINE void load_pairs(const uint32_t *from, uint32_t dim, __m512i to[4]) {
+  const __m512i down = _mm512_set_epi64(0x0002000200020002, 0x0002000200020002, 0, 0, 0x0002000200020002,
+                                        0x0002000200020002, 0, 0);
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i++, from += 4) {
+    __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)from));
+    x = _mm512_mask_broadcast_i32x4(x, 0xff00, _mm_loadu_si128((const __m128i *)(from + dim)));
+    to[i] = _mm512_and_si512(_mm512_srlv_epi16(x, down), _mm512_set1_epi8(0x33));
+  }
+}
+
 /* Codes of 3 bits of 32 rows as nibbles: of the low plane's words and the high plane's. Nibble h of byte k of word w
  * is row 4 b + 2 h + w % 2, b = 2 (0 2 1 3)[k] + w / 2: see `places`. */
 CKV_INLINE void nibbles_of_3(__m512i low0, __m512i low1, __m512i high, __m512i x[4]) {
@@ -146,31 +172,47 @@ CKV_INLINE void nibbles_of_3(__m512i low0, __m512i low1, __m512i high, __m512i x
 CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t n,
                            const uint32_t bits, __m512i quads[2][4]) {
   const uint32_t planes = bits == 3 ? 2 : bits;
-  __m512i x[8];
-  CKV_UNROLL
-  for (uint32_t w = 0; w < planes; w++) {
-    const uint32_t *from = words + (size_t)w * dim;
-    __builtin_prefetch((const char *)from + AHEAD);
-    x[w] = vi_load_n(from, n);
+  if (n == 16 && bits == 2) {
+    __builtin_prefetch((const char *)words + AHEAD);
+    __builtin_prefetch((const char *)(words + dim) + AHEAD);
+    load_pairs(words, dim, quads[0]);
+    CKV_UNROLL
+    for (uint32_t i = 0; i < 4; i++) quads[0][i] = transpose_bytes(quads[0][i]);
+  } else if (n == 16 && bits >= 4) {
+    CKV_UNROLL
+    for (uint32_t h = 0; h < bits / 4; h++) {
+      const uint32_t *from = words + 4 * h * (size_t)dim;
+      CKV_UNROLL
+      for (uint32_t w = 0; w < 4; w++) __builtin_prefetch((const char *)(from + w * (size_t)dim) + AHEAD);
+      load_lanes(from, dim, quads[h]);
+      CKV_UNROLL
+      for (uint32_t i = 0; i < 4; i++) quads[h][i] = transpose_bytes(quads[h][i]);
+    }
+  } else {
+    __m512i x[8];
+    CKV_UNROLL
+    for (uint32_t w = 0; w < planes; w++) {
+      const uint32_t *from = words + (size_t)w * dim;
+      __builtin_prefetch((const char *)from + AHEAD);
+      x[w] = vi_load_n(from, n);
+    }
+    if (bits == 3) {
+      __builtin_prefetch((const char *)top + AHEAD);
+      nibbles_of_3(x[0], x[1], vi_load_n(top, n), x);
+    }
+    if (bits == 2) {
+      const __m512i pairs = _mm512_set1_epi8(0x33);
+      x[3] = _mm512_and_si512(_mm512_srli_epi16(x[1], 2), pairs);
+      x[2] = _mm512_and_si512(x[1], pairs);
+      x[1] = _mm512_and_si512(_mm512_srli_epi16(x[0], 2), pairs);
+      x[0] = _mm512_and_si512(x[0], pairs);
+    }
+    CKV_UNROLL
+    for (uint32_t w = 0; w < (bits == 8 ? 8 : 4); w++) x[w] = transpose_bytes(x[w]);
+    transpose_lanes(x, quads[0]);
+    if (bits == 8) transpose_lanes(x + 4, quads[1]);
   }
-  if (bits == 3) {
-    __builtin_prefetch((const char *)top + AHEAD);
-    nibbles_of_3(x[0], x[1], vi_load_n(top, n), x);
-  }
-  if (bits == 2) {
-    const __m512i pairs = _mm512_set1_epi8(0x33);
-    x[3] = _mm512_and_si512(_mm512_srli_epi16(x[1], 2), pairs);
-    x[2] = _mm512_and_si512(x[1], pairs);
-    x[1] = _mm512_and_si512(_mm512_srli_epi16(x[0], 2), pairs);
-    x[0] = _mm512_and_si512(x[0], pairs);
-  }
-  CKV_UNROLL
-  for (uint32_t w = 0; w < (bits == 8 ? 8 : 4); w++) x[w] = transpose_bytes(x[w]);
-  transpose_lanes(x, quads[0]);
-  if (bits == 8) {
-    transpose_lanes(x + 4, quads[1]);
-    return;
-  }
+  if (bits == 8) return;
   CKV_UNROLL
   for (uint32_t i = 0; i < 4; i++) {
     quads[1][i] = _mm512_and_si512(quads[0][i], _mm512_set1_epi8((char)0xf0));
