@@ -94,6 +94,21 @@ CKV_INLINE void scales_of(const ckv_run *run, uint32_t first, uint32_t n, uint32
     return;
   }
   const size_t step = groups * ckv_size_of(type);
+  if (groups == 4 && type != CKV_F32) { /* every fourth of 64 halves */
+    const __m512i four = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36,
+                                          32, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i index = _mm512_add_epi16(four, _mm512_set1_epi16((short)(block * BLOCK / run->group)));
+    const char *row = ckv_offset(run->scale, type, (size_t)first * 4);
+    for (uint32_t r = 0; r < padded; r += 16, row += 128) {
+      const uint32_t have = ckv_min_u32(16, n - r) * 4;
+      const __mmask64 mask = have == 64 ? ~0ull : (1ull << have) - 1;
+      __m512i low = _mm512_maskz_loadu_epi16((__mmask32)mask, row);
+      __m512i high = _mm512_maskz_loadu_epi16((__mmask32)(mask >> 32), row + 64);
+      __m256i h = _mm512_castsi512_si256(_mm512_permutex2var_epi16(low, index, high));
+      vf_store(to + r, type == CKV_F16 ? _mm512_cvtph_ps(h) : v_widen_bf16(h));
+    }
+    return;
+  }
   for (uint32_t r = 0; r < n; r++) to[r] = ckv_load_scalar(at + r * step, type, 0);
   for (uint32_t r = n; r < padded; r++) to[r] = 0;
 }

@@ -116,6 +116,7 @@ size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
   if (few > CKV_MANY_QUERIES) few = CKV_MANY_QUERIES;
   size_t rows = 2 * CKV_TILE_ROWS * padded, keys = 2 * padded;
   size_t values = few * (round_up(dim, 256) + 16) + at_least(64 * 4 * lanes, 4 * (64 * 16 + 16)) + 16 * lanes;
+  values = at_least(values, (few + 1) * CKV_FP8_ROWS);
 #if defined(__x86_64__)
   values = at_least(values, at_least(ckv_sums_scratch_floats(dim), ckv_avx2_scratch_floats(dim)));
   values = at_least(values, ckv_blocks_scratch_floats());

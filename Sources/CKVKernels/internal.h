@@ -26,6 +26,9 @@
 /* Rows the levels decode at a time when they work from an f32 tile. ckv_scratch_floats counts on it. */
 #define CKV_TILE_ROWS 32u
 
+/* Rows of FP8 whose scales are at hand at a time; the same. */
+#define CKV_FP8_ROWS 256u
+
 /* ---- scalar conversions ------------------------------------------------------------------------------------- */
 
 CKV_INLINE uint32_t ckv_bits_of(float x) {
@@ -70,7 +73,10 @@ CKV_INLINE uint16_t ckv_to_bf16(float x) {
   return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-CKV_INLINE size_t ckv_size_of(uint32_t type) { return type == CKV_F32 ? 4 : 2; }
+/* Element types that no run has: the codes of FP8, as kernels read them. */
+enum { CKV_BYTES_E4M3 = 16, CKV_BYTES_E5M2 = 17 };
+
+CKV_INLINE size_t ckv_size_of(uint32_t type) { return type == CKV_F32 ? 4 : type < CKV_BYTES_E4M3 ? 2 : 1; }
 
 CKV_INLINE float ckv_load_scalar(const void *p, uint32_t type, size_t i) {
   if (type == CKV_F32) {

@@ -238,6 +238,58 @@ static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, cons
   }
 }
 
+/* ---- FP8 ------------------------------------------------------------------------------------------------------- */
+
+/* Rows of one scale are read as they are, and the scale goes to the logit or the weight. */
+
+CKV_INLINE bool v_is_fp8(const ckv_run *run) {
+  if (run->kind < CKV_SCALED_ROW || run->kind > CKV_SCALED_FIXED) return false;
+  if (run->code != CKV_E4M3 && run->code != CKV_E5M2) return false;
+  return run->kind != CKV_SCALED_ROW || run->group >= run->dim;
+}
+
+/* The scales of n rows from `first` on, times what vf_load_fp8 leaves out. */
+CKV_INLINE void v_fp8_scales(const ckv_run *run, uint32_t first, uint32_t n, float *to) {
+  const float up = run->code == CKV_E4M3 ? 256.0f : 1.0f;
+  for (uint32_t i = 0; i < n; i++)
+    to[i] = up * (run->kind == CKV_SCALED_FIXED   ? run->factor
+                  : run->kind == CKV_SCALED_BLOCK ? ckv_load_scalar(run->scale, run->dtype, (first + i) / run->group)
+                                                  : ckv_load_scalar(run->scale, run->dtype, first + i));
+}
+
+static __attribute__((noinline)) void logits_fp8(const ckv_run *run, uint32_t first, uint32_t count, const float *q,
+                                                 uint32_t m, size_t q_stride, float scale, float *out, size_t ld,
+                                                 float *scratch) {
+  const uint32_t dim = run->dim;
+  for (uint32_t i = 0, n; i < count; i += n) {
+    n = ckv_min_u32(CKV_FP8_ROWS, count - i);
+    const char *base = (const char *)run->data + (size_t)(first + i) * dim;
+    float *to = out + i;
+    if (run->code == CKV_E4M3) v_logits_dense(base, dim, CKV_BYTES_E4M3, dim, n, q, m, q_stride, scale, to, ld);
+    else v_logits_dense(base, dim, CKV_BYTES_E5M2, dim, n, q, m, q_stride, scale, to, ld);
+    v_fp8_scales(run, first + i, n, scratch);
+    for (uint32_t j = 0; j < m; j++)
+      for (uint32_t k = 0; k < n; k++) to[j * ld + k] *= scratch[k];
+  }
+}
+
+static __attribute__((noinline)) void accumulate_fp8(const ckv_run *run, uint32_t first, uint32_t count,
+                                                     const float *p, uint32_t m, size_t ld, float *acc,
+                                                     size_t acc_stride, float *scratch) {
+  const uint32_t dim = run->dim;
+  float *weights = scratch + CKV_FP8_ROWS;
+  for (uint32_t i = 0, n; i < count; i += n) {
+    n = ckv_min_u32(CKV_FP8_ROWS, count - i);
+    v_fp8_scales(run, first + i, n, scratch);
+    for (uint32_t j = 0; j < m; j++)
+      for (uint32_t k = 0; k < n; k++) weights[j * CKV_FP8_ROWS + k] = p[j * ld + i + k] * scratch[k];
+    const char *base = (const char *)run->data + (size_t)(first + i) * dim;
+    if (run->code == CKV_E4M3)
+      v_accumulate_dense(base, dim, CKV_BYTES_E4M3, dim, n, weights, m, CKV_FP8_ROWS, acc, acc_stride);
+    else v_accumulate_dense(base, dim, CKV_BYTES_E5M2, dim, n, weights, m, CKV_FP8_ROWS, acc, acc_stride);
+  }
+}
+
 /* ---- the table's entries ----------------------------------------------------------------------------------------- */
 
 static void logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
@@ -248,6 +300,10 @@ static void logits(const ckv_run *run, uint32_t first, uint32_t count, const flo
 #endif
   if (m >= CKV_MANY_QUERIES) {
     logits_many(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+    return;
+  }
+  if (v_is_fp8(run)) {
+    logits_fp8(run, first, count, q, m, q_stride, scale, out, ld, scratch);
     return;
   }
   uint32_t type = run->dtype, dim = run->dim;
@@ -276,6 +332,10 @@ static void accumulate(const ckv_run *run, uint32_t first, uint32_t count, const
     if (type == CKV_F32) v_accumulate_dense(base, row_bytes, CKV_F32, dim, count, p, m, ld, acc, acc_stride);
     else if (type == CKV_F16) v_accumulate_dense(base, row_bytes, CKV_F16, dim, count, p, m, ld, acc, acc_stride);
     else v_accumulate_dense(base, row_bytes, CKV_BF16, dim, count, p, m, ld, acc, acc_stride);
+    return;
+  }
+  if (m < CKV_MANY_QUERIES && v_is_fp8(run)) {
+    accumulate_fp8(run, first, count, p, m, ld, acc, acc_stride, scratch);
     return;
   }
 #ifdef V_AFFINE_ACCUMULATE

@@ -50,6 +50,15 @@ CKV_INLINE vf vf_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si12
 CKV_INLINE vf vf_load_f16_n(const void *p, uint32_t n) { return _mm256_cvtph_ps(v_load_half_n(p, n)); }
 CKV_INLINE vf vf_load_bf16(const void *p) { return v_widen_bf16(_mm_loadu_si128((const __m128i *)p)); }
 CKV_INLINE vf vf_load_bf16_n(const void *p, uint32_t n) { return v_widen_bf16(v_load_half_n(p, n)); }
+/* FP8 by way of f16: E5M2 is its upper byte; E4M3 has one exponent bit less, and comes out as 2^-8 of it. */
+CKV_INLINE vf vf_load_fp8(const void *p, uint32_t n, const bool e4m3) {
+  uint64_t bytes = 0;
+  if (n == 8) memcpy(&bytes, p, 8);
+  else memcpy(&bytes, p, n);
+  __m128i h = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_cvtsi64_si128((long long)bytes)), e4m3 ? 7 : 8);
+  if (e4m3) h = _mm_and_si128(h, _mm_set1_epi16((short)0xbfff)); /* where the sign came twice */
+  return _mm256_cvtph_ps(h);
+}
 CKV_INLINE void vf_store_f16_n(void *p, vf x, uint32_t n) {
   v_store_half_n(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
 }

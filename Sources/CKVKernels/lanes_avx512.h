@@ -32,6 +32,13 @@ CKV_INLINE vf vf_load_bf16(const void *p) { return v_widen_bf16(_mm256_loadu_si2
 CKV_INLINE vf vf_load_bf16_n(const void *p, uint32_t n) {
   return v_widen_bf16(_mm256_maskz_loadu_epi16(v_first(n), p));
 }
+/* FP8 by way of f16: E5M2 is its upper byte; E4M3 has one exponent bit less, and comes out as 2^-8 of it. */
+CKV_INLINE vf vf_load_fp8(const void *p, uint32_t n, const bool e4m3) {
+  __m128i x = n == 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(v_first(n), p);
+  __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), e4m3 ? 7 : 8);
+  if (e4m3) h = _mm256_and_si256(h, _mm256_set1_epi16((short)0xbfff)); /* where the sign came twice */
+  return _mm512_cvtph_ps(h);
+}
 CKV_INLINE void vf_store_f16_n(void *p, vf x, uint32_t n) {
   _mm256_mask_storeu_epi16(p, v_first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

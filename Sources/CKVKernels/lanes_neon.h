@@ -55,6 +55,16 @@ CKV_INLINE vf vf_load_f16(const void *p) { return v_widen_f16(v_load_half(p)); }
 CKV_INLINE vf vf_load_f16_n(const void *p, uint32_t n) { return v_widen_f16(v_load_half_n(p, n)); }
 CKV_INLINE vf vf_load_bf16(const void *p) { return v_widen_bf16(v_load_half(p)); }
 CKV_INLINE vf vf_load_bf16_n(const void *p, uint32_t n) { return v_widen_bf16(v_load_half_n(p, n)); }
+/* FP8 by way of f16: E5M2 is its upper byte; E4M3 has one exponent bit less, and comes out as 2^-8 of it. */
+CKV_INLINE vf vf_load_fp8(const void *p, uint32_t n, const bool e4m3) {
+  uint32_t bytes = 0;
+  if (n == 4) memcpy(&bytes, p, 4);
+  else memcpy(&bytes, p, n);
+  uint16x4_t h = vreinterpret_u16_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes))));
+  h = e4m3 ? vshl_n_u16(h, 7) : vshl_n_u16(h, 8);
+  if (e4m3) h = vand_u16(h, vdup_n_u16(0xbfff)); /* where the sign came twice */
+  return v_widen_f16(h);
+}
 CKV_INLINE void vf_store_f16_n(void *p, vf x, uint32_t n) {
   v_store_half_n(p, vreinterpret_u16_f16(vcvt_f16_f32(x)), n);
 }
