@@ -1,7 +1,8 @@
 /* logits and accumulate against sums in double over the decoded rows, with the bound of a dot product:
  * terms * eps * sum |x| |y|. For affine runs the two parts of a value, code * scale and min, are summed apart by
  * kernels that fold the scale into the query, so |x| is |code * scale| + |min| there; kernels that hold the folded
- * query or weight in 16-bit fixed point add 2^-16 of its largest for every unit of code from the middle (ckv.h). */
+ * query or weight in 16-bit fixed point add 2^-16 of its largest for every unit of code from the middle (ckv.h). With
+ * scaled rows and blocks that largest is one of queries or weights alone, times the largest scale. */
 #include "check.h"
 
 #include <math.h>
@@ -20,6 +21,27 @@ typedef struct {
   double *x, *size, *step; /* value, |code * scale| + |min|, middle code * scale: rows x dim */
 } subject;
 
+static bool is_scaled(const ckv_run *r) { return r->kind >= CKV_SCALED_ROW && r->kind <= CKV_GGML; }
+
+/* The largest code, and the scale and min of an element, of scaled rows and blocks; FP8 is not rounded. */
+static double scaled_step(const ckv_run *r, uint32_t row, uint32_t c, double *mn) {
+  *mn = 0;
+  if (r->kind == CKV_GGML) {
+    const char *block = (const char *)r->data + row * ckv_row_bytes(r->kind, r->code, r->dim);
+    block += (size_t)(c / 32) * ckv_block_bytes(r->code);
+    if (r->code == CKV_Q4_1 || r->code == CKV_Q5_1) *mn = value_of(block, CKV_F16, 1);
+    const bool bytes = r->code == CKV_Q8_0 || r->code == CKV_IQ4_NL, four = r->code == CKV_Q4_0 || r->code == CKV_Q4_1;
+    double most = bytes ? 128 : four ? 16 : 32;
+    return most * fabs(value_of(block, CKV_F16, 0));
+  }
+  if (r->code != CKV_INT8 && r->code != CKV_INT4) return 0;
+  uint32_t groups = (r->dim + r->group - 1) / r->group;
+  double scale = r->kind == CKV_SCALED_FIXED   ? (double)r->factor
+                 : r->kind == CKV_SCALED_BLOCK ? value_of(r->scale, r->dtype, row / r->group)
+                                               : value_of(r->scale, r->dtype, row * groups + c / r->group);
+  return (r->code == CKV_INT8 ? 128 : 8) * fabs(scale);
+}
+
 static void describe(subject *s) {
   const ckv_run *r = &s->run;
   size_t n = (size_t)r->rows * r->dim;
@@ -36,6 +58,12 @@ static void describe(subject *s) {
       s->size[at] = fabs(s->x[at]);
       s->step[at] = 0;
       if (r->kind == CKV_DENSE) continue;
+      if (is_scaled(r)) {
+        double mn;
+        s->step[at] = scaled_step(r, i, c, &mn);
+        s->size[at] = fabs(s->x[at] - mn) + fabs(mn);
+        continue;
+      }
       size_t meta = groups ? (size_t)i * groups + c / r->group : (size_t)(i / r->group) * r->dim + c;
       double mn = value_of(r->min, r->dtype, meta), scale = value_of(r->scale, r->dtype, meta);
       s->size[at] = fabs(s->x[at] - mn) + fabs(mn);
@@ -94,6 +122,21 @@ static subject affine(uint32_t kind, uint32_t dim, uint32_t rows, uint32_t bits,
   return s;
 }
 
+static subject scaled(uint32_t kind, uint32_t code, uint32_t dim, uint32_t rows, uint32_t group, uint32_t type) {
+  rng r = {dim * 5 + code};
+  float *x = random_rows(&r, rows, dim, dim);
+  size_t meta = kind == CKV_SCALED_ROW     ? (size_t)rows * ((dim + group - 1) / group)
+                : kind == CKV_SCALED_BLOCK ? rows / group
+                                           : 1;
+  subject s = {.data = exact(rows * ckv_row_bytes(kind, code, dim)), .scale = exact(meta * size_of(type))};
+  s.run = (ckv_run){.kind = kind, .code = code, .dtype = type, .group = group, .dim = dim, .rows = rows,
+                    .factor = 0.125f, .data = s.data, .scale = s.scale};
+  ckv_named("portable")->encode_blocks(&s.run, 0, rows, x, dim);
+  free(x);
+  describe(&s);
+  return s;
+}
+
 /* Parts of the rows: all, an odd inner part, a single row, a part that starts inside a group and crosses one. */
 static uint32_t part(uint32_t index, uint32_t rows, uint32_t *first) {
   *first = index == 0 ? 0 : index == 1 ? 3 : index == 2 ? rows - 1 : 29;
@@ -110,13 +153,16 @@ static void check_logits(const ckv_kernels *k, const subject *s) {
   const float scale = 0.37f;
   for (uint32_t j = 0; j < MAX_M; j++) {
     for (uint32_t i = 0; i < rows; i++) {
-      double sum = 0, size = 0, largest = 0;
+      double sum = 0, size = 0, largest = 0, most = 0, step = 0;
       for (uint32_t c = 0; c < dim; c++) {
         double y = (double)q[j * q_stride + c];
         sum += y * s->x[(size_t)i * dim + c];
         size += fabs(y) * s->size[(size_t)i * dim + c];
         largest = fmax(largest, fabs(y) * s->step[(size_t)i * dim + c]);
+        most = fmax(most, fabs(y));
+        step = fmax(step, s->step[(size_t)i * dim + c]);
       }
+      if (is_scaled(run)) largest = most * step;
       want[(size_t)j * rows + i] = (double)scale * sum;
       bound[(size_t)j * rows + i] = (double)scale * ((dim + 8) * eps * size + dim * 0x1.02p-16 * largest) + 0x1p-120;
     }
@@ -170,14 +216,16 @@ static void check_accumulate(const ckv_kernels *k, const subject *s) {
     double *rounding = exact((size_t)MAX_M * dim * sizeof(double));
     for (uint32_t j = 0; j < MAX_M; j++) {
       double *a = sum + (size_t)j * dim, *b = size + (size_t)j * dim, *e = rounding + (size_t)j * dim;
+      double most = 0;
       for (uint32_t c = 0; c < dim; c++) a[c] = 0.5, b[c] = 0.5, e[c] = 0;
+      for (uint32_t i = 0; i < count; i++) most = fmax(most, fabs((double)p[j * ld + i]));
       for (uint32_t i = 0; i < count; i++) {
         double w = (double)p[j * ld + i], magnitude = fabs(w);
         const double *x = s->x + (size_t)(first + i) * dim, *y = s->size + (size_t)(first + i) * dim;
         for (uint32_t c = 0; c < dim; c++) {
           a[c] += w * x[c];
           b[c] += magnitude * y[c];
-          e[c] = fmax(e[c], magnitude * s->step[(size_t)(first + i) * dim + c]);
+          e[c] = fmax(e[c], (is_scaled(run) ? most : magnitude) * s->step[(size_t)(first + i) * dim + c]);
         }
       }
     }
@@ -251,6 +299,26 @@ void check_attention_affine(const ckv_kernels *k) {
       check_subject(k, affine(CKV_AFFINE_CHANNEL, few_dims[d], 128, all_bits[b], 32, CKV_F16));
 }
 
+/* Symmetric integers, FP8 and ggml's blocks. */
+static void check_scaled(const ckv_kernels *k) {
+  static const uint32_t codes[] = {CKV_INT8, CKV_INT4, CKV_E4M3, CKV_E5M2}, some_dims[] = {1, 7, 40, 64, 128, 160};
+  static const uint32_t blocks[] = {CKV_Q4_0, CKV_Q4_1, CKV_Q5_0, CKV_Q5_1, CKV_Q8_0, CKV_IQ4_NL};
+  for (size_t d = 0; d < sizeof some_dims / sizeof *some_dims; d++)
+    for (uint32_t c = 0; c < 4; c++) {
+      const uint32_t dim = some_dims[d], code = codes[c];
+      check_subject(k, scaled(CKV_SCALED_ROW, code, dim, 75, 4096, c % 3));
+      check_subject(k, scaled(CKV_SCALED_ROW, code, dim, 67, 32, (uint32_t)(c + d) % 3));
+      check_subject(k, scaled(CKV_SCALED_BLOCK, code, dim, 96, 16, CKV_F32));
+      check_subject(k, scaled(CKV_SCALED_FIXED, code, dim, 75, 1, CKV_F32));
+    }
+  for (uint32_t c = 0; c < 4; c++) check_subject(k, scaled(CKV_SCALED_ROW, codes[c], 128, 299, 4096, CKV_F32));
+  for (uint32_t b = 0; b < 6; b++) {
+    check_subject(k, scaled(CKV_GGML, blocks[b], 32, 75, 32, CKV_F16));
+    check_subject(k, scaled(CKV_GGML, blocks[b], 128, 299, 32, CKV_F16));
+    check_subject(k, scaled(CKV_GGML, blocks[b], 160, 67, 32, CKV_F16));
+  }
+}
+
 void check_attention(pair p) {
   static const uint32_t all_bits[] = {2, 3, 4, 8};
   /* The longest rows, where scratch memory is tightest. */
@@ -266,6 +334,7 @@ void check_attention(pair p) {
     /* More rows than the sums of integers are taken over at a time. */
     check_subject(p.level, affine(CKV_AFFINE_ROW, 128, 299, all_bits[b], 32, CKV_F16));
   }
+  check_scaled(p.level);
   uint32_t turn = 0;
   for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
     for (uint32_t type = 0; type < 3; type++) check_subject(p.level, dense(dims[d], 75, type));
