@@ -40,7 +40,8 @@ CKV_INLINE __m512i transpose_bytes(__m512i x) {
 
 /* Bias and the largest product of n <= 16 channels from c on. */
 CKV_INLINE void range_step(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, uint32_t c,
-                           const uint32_t n, const float *q, const uint32_t nq, size_t q_stride, vf bias[QUERIES], vf high[QUERIES]) {
+                           const uint32_t n, const float *q, const uint32_t nq, size_t q_stride, vf bias[QUERIES],
+                           vf high[QUERIES]) {
   const char *s_at = ckv_offset(run->scale, type, (size_t)g * run->dim + c);
   const char *mn_at = ckv_offset(run->min, type, (size_t)g * run->dim + c);
   __builtin_prefetch(s_at + META_AHEAD);
