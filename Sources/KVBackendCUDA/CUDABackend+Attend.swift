@@ -100,22 +100,14 @@ extension CUDABackend {
       let list = region + places.slices + rows.slices.lowerBound * MemoryLayout<kv_slice>.stride
       restore(rows, list)
     }
+    for rows in written.scaled { scale(rows, region + places.slices) }
     for wave in written.waves { launch(wave, region, places, memory, window: window) }
   }
 
   /// Keys to their positions: rows as f32, out from behind their maps, then times a basis or some of their channels.
   private func restore(_ rows: CUDADescriptions.RestoredRows, _ list: UnsafeMutableRawPointer) {
     let width = UInt64(rows.width)
-    if rows.isFirst {
-      session.launch(
-        .read, x: gridBlocks(rows.rows * rows.width), list, UInt32(rows.slices.count), UInt32(rows.rows), rows.table,
-        width)
-      for part in rows.maps {
-        session.launch(
-          .map, x: part.rows.count, rows.table + UInt64(part.rows.lowerBound * rows.width * 4), width, part.map,
-          UInt32(1), UInt32(1))
-      }
-    }
+    if rows.isFirst { read(list, rows.slices.count, rows: rows.rows, dim: rows.width, rows.maps, to: rows.table) }
     let dim = UInt32(rows.dim)
     guard let basis = rows.basis else {
       session.launch(
@@ -129,6 +121,36 @@ extension CUDABackend {
       rows.rotary, rows.target)
   }
 
+  /// Rows as f32, out from behind their maps.
+  private func read(
+    _ list: UnsafeMutableRawPointer, _ count: Int, rows: Int, dim: Int, _ maps: [(rows: Range<Int>, map: kv_map)],
+    to target: UInt64
+  ) {
+    session.launch(.read, x: gridBlocks(rows * dim), list, UInt32(count), UInt32(rows), target, UInt64(dim))
+    for part in maps {
+      session.launch(
+        .map, x: part.rows.count, target + UInt64(part.rows.lowerBound * dim * 4), UInt64(dim), part.map, UInt32(1),
+        UInt32(1))
+    }
+  }
+
+  /// Directions to rows; those that stayed exact take their places.
+  private func scale(_ rows: CUDADescriptions.ScaledRows, _ slices: UnsafeMutableRawPointer) {
+    func list(_ range: Range<Int>) -> UnsafeMutableRawPointer {
+      slices + range.lowerBound * MemoryLayout<kv_slice>.stride
+    }
+    read(
+      list(rows.directions), rows.directions.count, rows: rows.rows, dim: rows.dim, rows.maps, to: rows.target)
+    session.launch(
+      .scaleRows, x: rows.rows, rows.target, UInt32(rows.dim), list(rows.lengths), UInt32(rows.lengths.count))
+    if rows.exactRows == 0 { return }
+    read(
+      list(rows.exact), rows.exact.count, rows: rows.exactRows, dim: rows.dim, rows.exactMaps, to: rows.exactTable)
+    session.launch(
+      .placeRows, x: rows.exactRows, rows.exactTable, UInt32(rows.dim), rows.slots, rows.offset, UInt32(rows.rows),
+      rows.target)
+  }
+
   private func launch(
     _ wave: CUDADescriptions.Wave, _ region: UnsafeMutableRawPointer, _ places: Region,
     _ memory: UnsafeMutableRawPointer, window: kv_window_rule?
@@ -137,9 +159,13 @@ extension CUDABackend {
     session.launch(
       .prepare, x: wave.phases.count, y: wave.queryRows,
       region + places.phases + wave.phases.lowerBound * MemoryLayout<kv_phase>.stride)
-    session.launch(
-      .attend, x: wave.pieces.count, region + places.pieces + wave.pieces.lowerBound * MemoryLayout<kv_piece>.stride,
-      sequences, region + places.works, region + places.slices, region + places.queries, memory)
+    var piece = wave.firstPiece
+    for (index, kernel) in CUDADescriptions.attentionKernels.enumerated() {
+      session.launch(
+        kernel, x: wave.pieces[index], region + places.pieces + piece * MemoryLayout<kv_piece>.stride, sequences,
+        region + places.works, region + places.slices, region + places.queries, memory)
+      piece += wave.pieces[index]
+    }
     session.launch(
       .restorePartials, x: wave.restores.count, y: wave.queryRows,
       region + places.restores + wave.restores.lowerBound * MemoryLayout<kv_restore>.stride, memory)

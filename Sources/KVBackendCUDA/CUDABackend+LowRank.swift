@@ -130,13 +130,25 @@ extension CUDABackend {
 }
 
 /// Rows of the card as f32 rows in ordinary memory, for the time of one operation.
-private final class HostRows {
+final class HostRows {
   private let backend: CUDABackend
   private var memory: [UnsafeMutablePointer<Float>] = []
 
   init(_ backend: CUDABackend) { self.backend = backend }
 
   deinit { for rows in memory { rows.deallocate() } }
+
+  /// Room for dense rows that come back.
+  func room(for slices: [RunSlice]) -> [RunSlice] {
+    slices.map { slice in
+      precondition(slice.run.encoding.kind == .dense, "\(slice.run.encoding) rows are not written by the host")
+      let (dim, encoding) = (slice.run.dim, slice.run.encoding)
+      let rows = UnsafeMutablePointer<Float>.allocate(capacity: max(slice.count * dim, 1))
+      memory.append(rows)
+      let run = RowRun(encoding: encoding, dim: dim, capacity: slice.count, base: UnsafeMutableRawPointer(rows))
+      return RunSlice(run: run, first: 0, count: slice.count)
+    }
+  }
 
   func copy(_ slices: [RunSlice]) -> [RunSlice] {
     slices.map { slice in

@@ -1,8 +1,10 @@
 internal import CKVCUDA
+internal import KVBackendCPU
 package import KVCore
 internal import Synchronization
 
-/// Comparing, mixing and measuring rows on the card, over tables of f32: what policies ask between steps.
+/// Comparing, mixing and measuring rows on the card, over tables of f32: what policies ask between steps. Where the card
+/// has no memory for a table the host does it, over copies of the rows.
 extension CUDABackend {
   /// Rows of one block where their results are added in order.
   private static let rowsPerSum = 4096
@@ -10,19 +12,20 @@ extension CUDABackend {
 
   /// Runs `body` with rows as a table and lists in pinned memory, then copies `count` floats of its result.
   private func measure(
-    _ rows: [RunSlice], count: Int, into result: UnsafeMutablePointer<Float>,
+    _ rows: [RunSlice], count: Int, into result: UnsafeMutablePointer<Float>, otherwise: (() -> Void)? = nil,
     _ body: (
       _ table: UnsafeMutablePointer<Float>, _ out: UnsafeMutablePointer<Float>, inout Scratch
     ) throws(KVError) -> Void
   ) {
     if count == 0 { return }
-    exclusivelyRecording { scratch throws(KVError) in
-      let table = try loadTable(rows, &scratch)
-      let out = try scratch.columns.bytes(count * 4, session).assumingMemoryBound(to: Float.self)
-      try body(table, out, &scratch)
-      session.synchronize()
-      result.update(from: out, count: count)
-    }
+    exclusivelyRecording(
+      { scratch throws(KVError) in
+        let table = try loadTable(rows, &scratch)
+        let out = try scratch.columns.bytes(count * 4, session).assumingMemoryBound(to: Float.self)
+        try body(table, out, &scratch)
+        session.synchronize()
+        result.update(from: out, count: count)
+      }, otherwise: otherwise)
   }
 
   private func upload<Value: BitwiseCopyable>(
@@ -46,7 +49,13 @@ extension CUDABackend {
 
   package func compare(_ request: RowComparison, into result: UnsafeMutablePointer<Float>) {
     let count = request.first.count
-    measure(request.rows, count: count, into: result) { table, out, scratch throws(KVError) in
+    func onHost() {
+      let copies = HostRows(self)
+      var request = request
+      request.rows = copies.copy(request.rows)
+      host.compare(request, into: result)
+    }
+    measure(request.rows, count: count, into: result, otherwise: onHost) { table, out, scratch throws(KVError) in
       // Both lists at once: a ring that begins anew would overwrite the first.
       let lists = try upload(request.first + request.second, &scratch)
       session.launch(
@@ -61,7 +70,15 @@ extension CUDABackend {
     result.reset(count: sources)
     if sources == 0 || targets == 0 { return }
     let dim = request.dim
-    exclusivelyRecording { scratch throws(KVError) in
+    var found = NearestRows()
+    func onHost() {
+      let copies = HostRows(self)
+      host.nearest(
+        NearestRequest(sources: copies.copy(request.sources), targets: copies.copy(request.targets), dim: dim),
+        into: &found)
+    }
+    func onCard(_ scratch: inout Scratch) throws(KVError) {
+      found.reset(count: sources)
       let rows = try loadTable(request.sources + request.targets, &scratch)
       session.launch(.normalise, x: gridBlocks((sources + targets) * 32), rows, UInt32(sources + targets), UInt32(dim))
       let out = try scratch.columns.bytes(sources * 8, session)
@@ -69,15 +86,23 @@ extension CUDABackend {
         .nearest, x: sources, rows, rows + sources * dim, UInt32(targets), UInt32(dim), out, out + sources * 4)
       session.synchronize()
       for row in 0..<sources {
-        result.cosines[row] = out.load(fromByteOffset: row * 4, as: Float.self)
-        result.targets[row] = Int(out.load(fromByteOffset: (sources + row) * 4, as: UInt32.self))
+        found.cosines[row] = out.load(fromByteOffset: row * 4, as: Float.self)
+        found.targets[row] = Int(out.load(fromByteOffset: (sources + row) * 4, as: UInt32.self))
       }
     }
+    exclusivelyRecording(onCard, otherwise: onHost)
+    if found.targets.count == sources { result = found }
   }
 
   package func scan(_ request: RowScan, into result: UnsafeMutablePointer<Float>) {
     let count = request.count
-    measure(request.rows, count: count, into: result) { table, out, scratch throws(KVError) in
+    func onHost() {
+      let copies = HostRows(self)
+      var request = request
+      request.rows = copies.copy(request.rows)
+      host.scan(request, into: result)
+    }
+    measure(request.rows, count: count, into: result, otherwise: onHost) { table, out, scratch throws(KVError) in
       var quantity: UInt32 = 0
       var numbers: [Float] = []
       var (stride, vectors, fold) = (0, 0, UInt32(0))
@@ -106,9 +131,13 @@ extension CUDABackend {
     let chunks = (count + CUDABackend.rowsPerSum - 1) / CUDABackend.rowsPerSum
     if chunks == 0 { return }
     var partial = [Float](repeating: 0, count: chunks * dim)
+    func onHost() {
+      let copies = HostRows(self)
+      host.addRows(copies.copy(rows), dim: dim, weights: weights, to: sums)
+    }
     partial.withUnsafeMutableBufferPointer { buffer in
       guard let base = buffer.baseAddress else { return }
-      measure(rows, count: chunks * dim, into: base) { table, out, scratch throws(KVError) in
+      measure(rows, count: chunks * dim, into: base, otherwise: onHost) { table, out, scratch throws(KVError) in
         let list = try upload(UnsafeBufferPointer(start: weights, count: count), &scratch)
         session.launch(
           .addRows, x: chunks, table, UInt32(count), UInt32(dim), UInt32(CUDABackend.rowsPerSum), list, out)
@@ -125,10 +154,15 @@ extension CUDABackend {
     let count = rows.reduce(0) { $0 + $1.count }
     guard let dim = rows.first?.run.dim, count > 0 else { return }
     let chunks = (count + CUDABackend.rowsPerRange - 1) / CUDABackend.rowsPerRange
-    var ranges = [Float](repeating: 0, count: chunks * 2 * dim)
+    // Low and high of every chunk: no range where nothing was measured.
+    var ranges = [Float](repeating: .nan, count: chunks * 2 * dim)
+    func onHost() {
+      let copies = HostRows(self)
+      copies.copy(rows).withUnsafeBufferPointer { host.channelRange($0, map: map, low: low, high: high) }
+    }
     ranges.withUnsafeMutableBufferPointer { buffer in
       guard let base = buffer.baseAddress else { return }
-      measure(rows, count: chunks * 2 * dim, into: base) { table, out, scratch throws(KVError) in
+      measure(rows, count: chunks * 2 * dim, into: base, otherwise: onHost) { table, out, scratch throws(KVError) in
         // Signs, rotation and order only: the numbers are what is looked for.
         if let map { try self.map(table, rows: count, map, back: false, numbers: false, &scratch) }
         session.launch(
@@ -148,7 +182,14 @@ extension CUDABackend {
     let count = request.count
     if count == 0 { return nil }
     var found = UInt64.max
-    exclusivelyRecording { scratch throws(KVError) in
+    func onHost() {
+      let copies = HostRows(self)
+      var request = request
+      request.rows = copies.copy(request.rows)
+      // The sums lie in pinned memory.
+      found = host.mix(request, into: target).map { UInt64($0) } ?? .max
+    }
+    func onCard(_ scratch: inout Scratch) throws(KVError) {
       let table = try loadTable(request.rows, &scratch)
       var layout = CUDALayout()
       let place = layout.take(1, of: UInt64.self)
@@ -182,6 +223,7 @@ extension CUDABackend {
       session.synchronize()
       found = (base + place).load(as: UInt64.self)
     }
+    exclusivelyRecording(onCard, otherwise: onHost)
     return found == .max ? nil : Int(found)
   }
 }

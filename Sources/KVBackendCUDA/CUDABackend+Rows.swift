@@ -5,9 +5,6 @@ internal import Synchronization
 
 /// Moving rows: in from an engine's tensors, between encodings, out to f32.
 extension CUDABackend {
-  /// Rows that are f32 on the card at a time, on their way between encodings behind maps.
-  private static let tableElements = 1 << 22
-
   package func firstNonfinite(_ view: borrowing TensorView) -> ElementPlace? {
     guard view.heads * view.tokens > 0, session.accessible(view.base) else { return host.firstNonfinite(view) }
     let description = view.kernelView(base: view.base)
@@ -33,41 +30,83 @@ extension CUDABackend {
   }
 
   package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? {
-    if targets.isEmpty { return nil }
     let inPlace = session.accessible(view.base)
+    let rowBytes = view.dim * view.type.byteCount
+    // Rows and descriptions of one launch fit into memory that is always there.
+    let most = (CUDABackend.stagingBytes - 1024) / 2
+    var index = 0
+    var token = 0
+    while index < targets.count {
+      var batch: [WriteTarget] = []
+      var rows = 0
+      while index < targets.count, (batch.count + 1) * MemoryLayout<kv_write>.stride <= most {
+        var target = targets[index]
+        let count = target.slice.count - token
+        let taken = inPlace ? count : min(count, most / rowBytes - rows)
+        if taken == 0, count > 0 { break }
+        target.token += token
+        target.slice.first += token
+        target.slice.count = taken
+        if taken > 0 { batch.append(target) }
+        rows += taken
+        token = taken < count ? token + taken : 0
+        if taken < count { break }
+        index += 1
+      }
+      if let place = write(view, batch: batch, rows: inPlace ? nil : rows) { return place }
+    }
+    return nil
+  }
+
+  /// Some targets in one launch. - Parameter rows: how many are staged; nil: the view is read in place.
+  private func write(_ view: borrowing TensorView, batch: [WriteTarget], rows: Int?) -> ElementPlace? {
+    if batch.isEmpty { return nil }
     var layout = CUDALayout()
     let place = layout.take(1, of: UInt64.self)
-    let writes = layout.take(targets.count, of: kv_write.self)
-    let elementBytes = view.type.byteCount
-    let rows = inPlace ? 0 : layout.take(view.heads * view.tokens * view.dim * elementBytes, of: UInt8.self)
+    let writes = layout.take(batch.count, of: kv_write.self)
+    let rowBytes = view.dim * view.type.byteCount
+    let staged = layout.take((rows ?? 0) * rowBytes, of: UInt8.self)
     var description = view.kernelView(base: view.base)
     var found = UInt64.max
     exclusivelyRecording { scratch throws(KVError) in
       let base = try scratch.pinned.bytes(layout.total, session)
       (base + place).storeBytes(of: UInt64.max, as: UInt64.self)
+      if rows != nil {
+        // One head of as many tokens as there are rows.
+        description = kv_view(
+          base: UInt64(UInt(bitPattern: base + staged)), head_stride: 0, token_stride: Int64(view.dim),
+          type: UInt32(view.type.rawValue), heads: 1, tokens: UInt32(rows ?? 0), dim: UInt32(view.dim))
+      }
       let list = (base + writes).assumingMemoryBound(to: kv_write.self)
       var longest = 0
-      for (index, target) in targets.enumerated() {
+      var next = 0
+      for (index, target) in batch.enumerated() {
         let slice = target.slice
         longest = max(longest, slice.count * slice.run.dim)
         list[index] = kv_write(
-          slice: slice.kernelSlice(start: 0), head: UInt32(target.head), token: UInt32(target.token),
-          range: target.range.kernelNumber, limit: target.range.largest)
+          slice: slice.kernelSlice(start: 0), head: UInt32(rows == nil ? target.head : 0),
+          token: UInt32(rows == nil ? target.token : next), range: target.range.kernelNumber,
+          limit: target.range.largest)
+        if rows == nil { continue }
+        for row in 0..<slice.count {
+          (base + staged + (next + row) * rowBytes).copyMemory(
+            from: view.row(head: target.head, token: target.token + row), byteCount: rowBytes)
+        }
+        next += slice.count
       }
-      if !inPlace { description = view.stage(at: base + rows) }
-      session.launch(.write, x: gridBlocks(longest), y: targets.count, base + writes, description, base + place)
+      session.launch(.write, x: gridBlocks(longest), y: batch.count, base + writes, description, base + place)
       session.synchronize()
       found = (base + place).load(as: UInt64.self)
     }
     if found == .max { return nil }
-    let target = targets[Int(found >> 40)]
+    let target = batch[Int(found >> 40)]
     let element = Int(found & (1 << 40 - 1))
     return ElementPlace(head: target.head, token: target.token + element / view.dim, channel: element % view.dim)
   }
 
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
     let dim = slice.run.dim
-    let most = max(CUDABackend.tableElements / dim, 1)
+    let most = max(CUDABackend.stagingBytes / 4 / dim, 1)
     exclusivelyRecording { scratch throws(KVError) in
       for first in Swift.stride(from: 0, to: slice.count, by: most) {
         let count = min(most, slice.count - first)
@@ -157,6 +196,20 @@ extension CUDABackend {
 
   /// Nothing waits for the card here: what follows on the stream, or reads host memory, does.
   package func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int) {
+    // Lists of one launch fit into memory that is always there.
+    let most = CUDABackend.stagingBytes / MemoryLayout<kv_slice>.stride / 2
+    let unit = target.encoding.rowsPerUnit
+    if sources.count > most {
+      var left = Array(sources)[...]
+      var next = row
+      while !left.isEmpty {
+        let count = max(left.prefix(most).reduce(0) { $0 + $1.count } / unit * unit, unit)
+        let part = RunSlice.take(count, from: &left)
+        part.withUnsafeBufferPointer { transcode($0, to: target, row: next) }
+        next += count
+      }
+      return
+    }
     let total = sources.reduce(0) { $0 + $1.count }
     if total == 0 { return }
     exclusivelyRecording { scratch throws(KVError) in
@@ -170,12 +223,11 @@ extension CUDABackend {
         encode(list, sources.count, rows: total, to: target, row: row)
         return
       }
-      let unit = target.encoding.rowsPerUnit
-      let most = max(CUDABackend.tableElements / target.dim / unit, 1) * unit
+      let rows = max(CUDABackend.tableElements / target.dim / unit, 1) * unit
       var left = sources[...]
       var done = 0
       while done < total {
-        let count = min(most, total - done)
+        let count = min(rows, total - done)
         let table = try loadTable(RunSlice.take(count, from: &left), &scratch)
         if let map = target.map { try self.map(table, rows: count, map, back: false, numbers: true, &scratch) }
         let run = RowRun(encoding: .dense(.f32), dim: target.dim, capacity: count, base: UnsafeMutableRawPointer(table))
@@ -300,19 +352,6 @@ extension TensorView {
   func kernelView(base: UnsafeRawPointer) -> kv_view {
     kv_view(
       base: UInt64(UInt(bitPattern: base)), head_stride: Int64(headStride), token_stride: Int64(tokenStride),
-      type: UInt32(type.rawValue), heads: UInt32(heads), tokens: UInt32(tokens), dim: UInt32(dim))
-  }
-
-  /// Copies the rows to pinned memory, one after the other.
-  func stage(at target: UnsafeMutableRawPointer) -> kv_view {
-    let bytes = dim * type.byteCount
-    for head in 0..<heads {
-      for token in 0..<tokens {
-        (target + (head * tokens + token) * bytes).copyMemory(from: row(head: head, token: token), byteCount: bytes)
-      }
-    }
-    return kv_view(
-      base: UInt64(UInt(bitPattern: target)), head_stride: Int64(tokens * dim), token_stride: Int64(dim),
       type: UInt32(type.rawValue), heads: UInt32(heads), tokens: UInt32(tokens), dim: UInt32(dim))
   }
 }

@@ -1,4 +1,5 @@
 internal import CKVCUDA
+internal import KVBackendCPU
 package import KVCore
 internal import Synchronization
 
@@ -7,57 +8,72 @@ extension CUDABackend {
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {
     let total = request.heads.reduce(0) { $0 + $1.count }
     if total == 0 { return }
-    exclusivelyRecording { scratch throws(KVError) in
-      let hasTotals = request.totals != nil
-      let columns = try scratch.columns.bytes((hasTotals ? 3 : 1) * total * 4, session)
-        .assumingMemoryBound(to: Float.self)
-      let plan = AttentionPlan()
-      plan.slices = ContiguousArray(request.slices)
-      var next = 0
-      for rows in request.heads {
-        var work = rows
-        work.score = columns + next
-        plan.rows.append(work)
-        next += rows.count
+    do throws(KVError) {
+      try exclusively { scratch throws(KVError) in try score(request, total, into: &scores, &scratch) }
+    } catch {
+      if error.code != .outOfMemory || request.heads.contains(where: { $0.lowRank != nil || $0.factored != nil }) {
+        return session.record(error)
       }
-      // Nothing is written to an output of no channels.
-      plan.sequences.append(
-        SequenceWork(
-          queries: UnsafeRawPointer(request.queries), queryType: .f32,
-          queryHeadStride: request.window * request.keyDim, queryTokenStride: request.keyDim, output: columns,
-          outputHeadStride: 0, outputTokenStride: 0, logSumExp: nil, tokens: request.window,
-          kvHeads: (request.heads.map(\.kvHead).max() ?? 0) + 1, group: request.group, keyDim: request.keyDim,
-          valueDim: 0, scale: request.scale, softcap: request.softcap, firstPosition: request.firstPosition,
-          slidingWindow: 0, rotary: nil, work: 0..<plan.rows.count))
-      let staging = CUDADescriptions.Staging(queries: !session.accessible(request.queries), output: false)
-      try describe(plan, [staging], &scratch, whole: true)
-      let shares = try addShares(request, &scratch)
-      var work = -1
-      next = 0
-      for index in scratch.plan.statistics.indices {
-        // One statistic for each list of rows that is not empty, in their order.
-        repeat { work += 1 } while request.heads[work].count == 0
-        let rows = request.heads[work]
-        scratch.plan.setWindow(
-          index, shares: shares.isEmpty ? 0 : shares[work],
-          entropy: hasTotals ? UInt64(UInt(bitPattern: columns + total + next)) : 0,
-          variance: hasTotals ? UInt64(UInt(bitPattern: columns + 2 * total + next)) : 0,
-          past: rows.lowerBound(request.firstPosition))
-        next += rows.count
-      }
-      try run(plan, &scratch, window: request.kernelRule)
-      session.synchronize()
-      next = 0
-      for (index, rows) in request.heads.enumerated() {
-        for row in 0..<rows.count { scores[index, row] = columns[next + row] }
-        if let totals = request.totals, rows.count > 0 {
-          for slot in next..<next + rows.lowerBound(request.firstPosition) {
-            totals[rows.kvHead].entropy += Double(columns[total + slot])
-            totals[rows.kvHead].variance += Double(columns[2 * total + slot])
-          }
+      // Without memory for the logits of the window the host forms them a few rows at a time.
+      let copies = HostRows(self)
+      var request = request
+      request.slices = copies.copy(request.slices)
+      host.windowScores(request, into: &scores)
+    }
+  }
+
+  private func score(
+    _ request: WindowScoreRequest, _ total: Int, into scores: inout ScoreTable, _ scratch: inout Scratch
+  ) throws(KVError) {
+    let hasTotals = request.totals != nil
+    let columns = try scratch.columns.bytes((hasTotals ? 3 : 1) * total * 4, session)
+      .assumingMemoryBound(to: Float.self)
+    let plan = AttentionPlan()
+    plan.slices = ContiguousArray(request.slices)
+    var next = 0
+    for rows in request.heads {
+      var work = rows
+      work.score = columns + next
+      plan.rows.append(work)
+      next += rows.count
+    }
+    // Nothing is written to an output of no channels.
+    plan.sequences.append(
+      SequenceWork(
+        queries: UnsafeRawPointer(request.queries), queryType: .f32,
+        queryHeadStride: request.window * request.keyDim, queryTokenStride: request.keyDim, output: columns,
+        outputHeadStride: 0, outputTokenStride: 0, logSumExp: nil, tokens: request.window,
+        kvHeads: (request.heads.map(\.kvHead).max() ?? 0) + 1, group: request.group, keyDim: request.keyDim,
+        valueDim: 0, scale: request.scale, softcap: request.softcap, firstPosition: request.firstPosition,
+        slidingWindow: 0, rotary: nil, work: 0..<plan.rows.count))
+    let staging = CUDADescriptions.Staging(queries: !session.accessible(request.queries), output: false)
+    try describe(plan, [staging], &scratch, whole: true)
+    let shares = try addShares(request, &scratch)
+    var work = -1
+    next = 0
+    for index in scratch.plan.statistics.indices {
+      // One statistic for each list of rows that is not empty, in their order.
+      repeat { work += 1 } while request.heads[work].count == 0
+      let rows = request.heads[work]
+      scratch.plan.setWindow(
+        index, shares: shares.isEmpty ? 0 : shares[work],
+        entropy: hasTotals ? UInt64(UInt(bitPattern: columns + total + next)) : 0,
+        variance: hasTotals ? UInt64(UInt(bitPattern: columns + 2 * total + next)) : 0,
+        past: rows.lowerBound(request.firstPosition))
+      next += rows.count
+    }
+    try run(plan, &scratch, window: request.kernelRule)
+    session.synchronize()
+    next = 0
+    for (index, rows) in request.heads.enumerated() {
+      for row in 0..<rows.count { scores[index, row] = columns[next + row] }
+      if let totals = request.totals, rows.count > 0 {
+        for slot in next..<next + rows.lowerBound(request.firstPosition) {
+          totals[rows.kvHead].entropy += Double(columns[total + slot])
+          totals[rows.kvHead].variance += Double(columns[2 * total + slot])
         }
-        next += rows.count
       }
+      next += rows.count
     }
   }
 

@@ -66,7 +66,17 @@ package final class CUDABackend: ComputeBackend {
     }
     session = try CUDASession(driver, device: device, context: context, stream: stream)
     host = try CPUBackend(threads: 1)
+    // What cannot throw must not need more than this: appending, encoding, moving and reading rows.
+    _ = try scratch.pinned.bytes(CUDABackend.stagingBytes, session)
+    _ = try scratch.ring.bytes(CUDABackend.stagingBytes, session)
+    _ = try scratch.table.bytes(CUDABackend.tableElements * 4, session)
   }
+
+  /// Pinned memory for staging, and for lists, that is always there.
+  static let stagingBytes = 1 << 20
+  /// Floats on the card that are always there: rows on their way between encodings behind maps, at least a group of the
+  /// longest ones.
+  static let tableElements = 1 << 22
 
   deinit {
     session.synchronize()
@@ -83,11 +93,15 @@ package final class CUDABackend: ComputeBackend {
     try lock.withLock { _ throws(KVError) in try body(&scratch) }
   }
 
-  /// The same for what cannot fail at once: an error is kept for the next call that can.
-  func exclusivelyRecording(_ body: (inout Scratch) throws(KVError) -> Void) {
+  /// The same for what cannot fail at once: an error is kept for the next call that can. Where memory is short,
+  /// `otherwise` does the same with less.
+  func exclusivelyRecording(
+    _ body: (inout Scratch) throws(KVError) -> Void, otherwise: (() -> Void)? = nil
+  ) {
     do throws(KVError) {
       try exclusively(body)
     } catch {
+      if error.code == .outOfMemory, let otherwise { return otherwise() }
       session.record(error)
     }
   }

@@ -13,12 +13,19 @@ struct CUDADescriptions {
   /// Tokens of a turn when rows gather statistics (their logits are kept then), and when they do not.
   private static let scoredTokens = 64
   private static let plainTokens = 256
+  /// The kernel that takes any rows, then those for dense rows and for codes of one length.
+  static let attentionKernels: [CUDAKernel] = [
+    .attend, .decodeHalf64, .decodeHalf128, .decodeBfloat64, .decodeBfloat128, .decodeCodes2, .decodeCodes4,
+    .decodeCodes8,
+  ]
   /// Query rows beyond which there are blocks enough without cutting the rows.
   private static let manyQueries = 256
 
   struct Wave {
     var phases = 0..<0
-    var pieces = 0..<0
+    /// Pieces from here on, and how many of them each kernel of `attentionKernels` takes, in their order.
+    var firstPiece = 0
+    var pieces = SIMD8<Int>()
     var restores = 0..<0
     var merges = 0..<0
     var statistics = 0..<0
@@ -47,6 +54,23 @@ struct CUDADescriptions {
     var target: UInt64
   }
 
+  /// Rows that lie as directions with a length each: made into rows of f32 in device memory, before anything else.
+  struct ScaledRows {
+    var directions: Range<Int>
+    var maps: [(rows: Range<Int>, map: kv_map)]
+    var rows: Int
+    var dim: Int
+    var lengths: Range<Int>
+    var target: UInt64
+    /// Rows that take the place of some of them, and where those go as f32 first.
+    var exact: Range<Int>
+    var exactMaps: [(rows: Range<Int>, map: kv_map)]
+    var exactRows: Int
+    var exactTable: UInt64
+    var slots: UInt64
+    var offset: Int32
+  }
+
   /// What the caller knows of memory: which addresses kernels can reach.
   struct Staging {
     /// Queries of the sequence are copied behind the descriptions.
@@ -69,6 +93,7 @@ struct CUDADescriptions {
   private(set) var tables = CUDATables()
   private(set) var waves: [Wave] = []
   private(set) var restored: [RestoredRows] = []
+  private(set) var scaled: [ScaledRows] = []
   /// Floats of device memory: what all waves share, and the largest wave behind it.
   private(set) var sharedFloats = 0
   private(set) var floats = 0
@@ -86,7 +111,17 @@ struct CUDADescriptions {
   private var staging: [Staging] = []
   private var memory: UInt64 = 0
   private var region: UInt64 = 0
-  private var runMaps: [(keys: UnsafePointer<MapDescriptor>?, values: UnsafePointer<MapDescriptor>?, end: Int)] = []
+  /// Rows of one work item that one kernel takes behind one pair of maps.
+  private struct RowRange {
+    var keys: UnsafePointer<MapDescriptor>?
+    var values: UnsafePointer<MapDescriptor>?
+    var kernel: Int
+    var end: Int
+  }
+
+  private var ranges: [RowRange] = []
+  /// Pieces of the wave that is being described, by kernel.
+  private var pending: [[kv_piece]] = Array(repeating: [], count: attentionKernels.count)
   /// Queries of the current head that were prepared: for the map, the basis and the shift of some rows.
   private var prepared: [(map: UInt64, basis: UInt64, shift: Int, queries: Int)] = []
   private var waveFloats = 0
@@ -105,6 +140,7 @@ struct CUDADescriptions {
     stagedQueries.removeAll(keepingCapacity: true)
     waves.removeAll(keepingCapacity: true)
     restored.removeAll(keepingCapacity: true)
+    scaled.removeAll(keepingCapacity: true)
     outputs.removeAll(keepingCapacity: true)
     logSums.removeAll(keepingCapacity: true)
     scores.removeAll(keepingCapacity: true)
@@ -136,7 +172,7 @@ struct CUDADescriptions {
     var first = Array(repeating: 0, count: plan.sequences.count)
     while true {
       waveFloats = sharedFloats
-      let before = (phases.count, pieces.count, restores.count, merges.count, statistics.count)
+      let before = (phases.count, restores.count, merges.count, statistics.count)
       var wave = Wave()
       var any = false
       for index in plan.sequences.indices where first[index] < plan.sequences[index].tokens {
@@ -151,10 +187,15 @@ struct CUDADescriptions {
       if !any { break }
       floats = max(floats, waveFloats)
       wave.phases = before.0..<phases.count
-      wave.pieces = before.1..<pieces.count
-      wave.restores = before.2..<restores.count
-      wave.merges = before.3..<merges.count
-      wave.statistics = before.4..<statistics.count
+      wave.restores = before.1..<restores.count
+      wave.merges = before.2..<merges.count
+      wave.statistics = before.3..<statistics.count
+      wave.firstPiece = pieces.count
+      for kernel in pending.indices {
+        wave.pieces[kernel] = pending[kernel].count
+        pieces += pending[kernel]
+        pending[kernel].removeAll(keepingCapacity: true)
+      }
       waves.append(wave)
     }
     floats = max(floats, sharedFloats)
@@ -218,7 +259,49 @@ struct CUDADescriptions {
           data: target, scale: 0, min: 0, kind: 0, code: 0, dtype: 0, bits: 32, group: 1, factor: 1,
           dim: UInt32(plan.sequences[sequence].keyDim), first: 0, count: UInt32(rows.count), start: 0))
     }
+    if let factored = rows.factored, rows.count > 0 {
+      work.keys = scale(rows, rows.keys, factored.keys, plan)
+      work.key_slices = 1
+      if plan.sequences[sequence].valueDim > 0 {
+        work.values = scale(rows, rows.values, factored.values, plan)
+        work.value_slices = 1
+      }
+    }
     works.append(work)
+  }
+
+  /// Directions of one side to rows; returns the slice that describes them.
+  private mutating func scale(
+    _ rows: RowsWork, _ list: Range<Int>, _ side: FactoredRows.Side, _ plan: AttentionPlan
+  ) -> UInt32 {
+    let dim = list.first.map { plan.slices[$0].run.dim } ?? 0
+    let exactRows = side.slots == nil ? 0 : side.count
+    let target = address(share(rows.count * dim))
+    let (directions, lengths) = (Int(add(list, plan)), Int(add(side.lengths, plan)))
+    let exact = Int(add(side.exact, plan))
+    scaled.append(
+      ScaledRows(
+        directions: directions..<directions + list.count, maps: maps(of: list, plan), rows: rows.count, dim: dim,
+        lengths: lengths..<lengths + side.lengths.count, target: target, exact: exact..<exact + side.exact.count,
+        exactMaps: maps(of: side.exact, plan), exactRows: exactRows, exactTable: address(share(exactRows * dim)),
+        slots: side.slots.map { UInt64(UInt(bitPattern: $0)) } ?? 0, offset: Int32(side.offset)))
+    slices.append(
+      kv_slice(
+        data: target, scale: 0, min: 0, kind: 0, code: 0, dtype: 0, bits: 32, group: 1, factor: 1, dim: UInt32(dim),
+        first: 0, count: UInt32(rows.count), start: 0))
+    return UInt32(slices.count - 1)
+  }
+
+  /// Which rows of a list lie behind a map.
+  private mutating func maps(of list: Range<Int>, _ plan: AttentionPlan) -> [(rows: Range<Int>, map: kv_map)] {
+    var result: [(rows: Range<Int>, map: kv_map)] = []
+    var start = 0
+    for index in list {
+      let end = start + plan.slices[index].count
+      if let map = plan.slices[index].run.map { result.append((start..<end, tables.map(map))) }
+      start = end
+    }
+    return result
   }
 
   private mutating func restoreKeys(
@@ -233,15 +316,7 @@ struct CUDADescriptions {
       $0.rows == rows.count && slices[$0.slices.lowerBound].data == slices[first].data
         && slices[$0.slices.lowerBound].first == slices[first].first
     }
-    var maps: [(rows: Range<Int>, map: kv_map)] = []
-    if shared == nil {
-      var start = 0
-      for index in rows.keys {
-        let end = start + plan.slices[index].count
-        if let map = plan.slices[index].run.map { maps.append((start..<end, tables.map(map))) }
-        start = end
-      }
-    }
+    let maps = shared == nil ? maps(of: rows.keys, plan) : []
     restored.append(
       RestoredRows(
         slices: list, rows: rows.count, width: width, table: shared?.table ?? address(share(rows.count * width)),
@@ -262,24 +337,34 @@ struct CUDADescriptions {
     return UInt32(begin)
   }
 
-  /// Ranges of rows whose keys lie behind one map, and their values behind one.
-  private mutating func findMaps(_ rows: RowsWork, _ plan: AttentionPlan) {
-    runMaps.removeAll(keepingCapacity: true)
+  /// Ranges of rows whose keys lie behind one map, their values behind one, and which one kernel takes.
+  private mutating func findRanges(_ rows: RowsWork, _ plan: AttentionPlan, _ sequence: SequenceWork) {
+    ranges.removeAll(keepingCapacity: true)
+    if rows.factored != nil {
+      ranges.append(RowRange(keys: nil, values: nil, kernel: 0, end: rows.count))
+      return
+    }
     let isRestored = rows.lowRank?.turnsKeys ?? false
     var key = rows.keys.lowerBound
     var value = rows.values.lowerBound
     var keyEnd = isRestored || rows.keys.isEmpty ? rows.count : plan.slices[key].count
     var valueEnd = rows.values.isEmpty ? rows.count : plan.slices[value].count
     while true {
-      let maps = (
-        keys: isRestored || rows.keys.isEmpty ? nil : plan.slices[key].run.map,
-        values: rows.values.isEmpty ? nil : plan.slices[value].run.map
-      )
       let end = min(keyEnd, valueEnd)
-      if let last = runMaps.last, last.keys == maps.keys, last.values == maps.values {
-        runMaps[runMaps.count - 1].end = end
+      var range = RowRange(
+        keys: isRestored || rows.keys.isEmpty ? nil : plan.slices[key].run.map,
+        values: rows.values.isEmpty ? nil : plan.slices[value].run.map, kernel: 0, end: end)
+      if rows.lowRank == nil, !rows.keys.isEmpty, !rows.values.isEmpty, sequence.valueDim == sequence.keyDim {
+        // Where this range begins, in the work item and in the slice of its keys.
+        let start = ranges.last?.end ?? 0
+        range.kernel = CUDADescriptions.kernel(
+          plan.slices[key], plan.slices[value], start: start,
+          keyStart: keyEnd - plan.slices[key].count, after: ranges.last?.kernel)
+      }
+      if let last = ranges.last, last.keys == range.keys, last.values == range.values, last.kernel == range.kernel {
+        ranges[ranges.count - 1].end = end
       } else {
-        runMaps.append((maps.keys, maps.values, end))
+        ranges.append(range)
       }
       if end >= rows.count { return }
       if keyEnd == end {
@@ -293,13 +378,43 @@ struct CUDADescriptions {
     }
   }
 
+  /// Which kernel attends over such rows, an index of `attentionKernels`.
+  ///
+  /// - Parameters:
+  ///   - start: where these rows begin in their work item, `keyStart` where the slice of keys does.
+  ///   - kernel: which takes the rows before them.
+  private static func kernel(
+    _ keySlice: RunSlice, _ valueSlice: RunSlice, start: Int, keyStart: Int, after kernel: Int?
+  ) -> Int {
+    let (keys, values) = (keySlice.run, valueSlice.run)
+    guard keys.dim == values.dim, keys.map == nil, values.map == nil else { return 0 }
+    if keys.encoding.kind == .affinePerChannel {
+      let bits = keys.encoding.bits
+      guard values.encoding.kind == .affinePerToken, values.encoding.bits == bits, keys.dim == 128,
+        keys.encoding.type == .f16, values.encoding.type == .f16, values.encoding.group % 32 == 0,
+        keySlice.first % 32 == 0, keyStart % 32 == 0
+      else { return 0 }
+      let own = bits == 2 ? 5 : bits == 4 ? 6 : bits == 8 ? 7 : 0
+      // A range may go on anywhere, but begins with a block of 32 rows.
+      return start % 32 == 0 || kernel == own ? own : 0
+    }
+    guard keys.encoding == values.encoding, keys.encoding.kind == .dense else { return 0 }
+    switch (keys.encoding.type, keys.dim) {
+    case (.f16, 64): return 1
+    case (.f16, 128): return 2
+    case (.bf16, 64): return 3
+    case (.bf16, 128): return 4
+    default: return 0
+    }
+  }
+
   // MARK: Turns
 
-  /// Rows of one piece: whole tiles, at most 64 pieces a head.
+  /// Rows of one piece: whole tiles, at most 32 pieces a head, which fill a card together with the heads.
   private static func pieceRows(_ count: Int, _ sequence: SequenceWork) -> Int {
     let tile = KV_TILE_ROWS
     if sequence.tokens * sequence.group > manyQueries { return max(count, 1) }
-    return max(4, (count + 64 * tile - 1) / (64 * tile)) * tile
+    return max(4, (count + 32 * tile - 1) / (32 * tile)) * tile
   }
 
   private mutating func addTurn(_ tokens: Range<Int>, of index: Int, _ plan: AttentionPlan, to wave: inout Wave) {
@@ -385,10 +500,10 @@ struct CUDADescriptions {
     let keyBasis = isRestored ? nil : rows.lowRank?.keyBasis
     let valueBasis = sequence.valueDim == 0 ? nil : rows.lowRank?.valueBasis
     let valueDim = valueBasis?.capacity ?? sequence.valueDim
-    findMaps(rows, plan)
+    findRanges(rows, plan, sequence)
     var first = 0
-    let ranges = runMaps
-    for range in ranges {
+    for index in ranges.indices {
+      let range = ranges[index]
       var queries = own
       if range.keys != nil || keyBasis != nil || (rows.shift != 0 && sequence.rotary != nil) {
         queries = prepare(own, rows, keyBasis, map: range.keys, sequence, tokens, m: m)
@@ -409,21 +524,22 @@ struct CUDADescriptions {
         partials.append(UInt64(final))
         addPieces(
           work, turn: turn, rows: start..<min(start + length, range.end), m: m, queries: queries, partial: partial,
-          valueDim: valueDim, kept: kept)
+          valueDim: valueDim, kept: kept, kernel: range.kernel)
       }
       first = range.end
     }
   }
 
   private mutating func addPieces(
-    _ work: Int, turn: Int, rows: Range<Int>, m: Int, queries: Int, partial: Int, valueDim: Int, kept: Int?
+    _ work: Int, turn: Int, rows: Range<Int>, m: Int, queries: Int, partial: Int, valueDim: Int,
+    kept: Int?, kernel: Int
   ) {
     let queryRows = KV_QUERY_ROWS
     let channels = KV_CHANNELS
     for row in stride(from: 0, to: m, by: queryRows) {
       // Where only weights are wanted there is one block without channels.
       for channel in stride(from: 0, to: max(valueDim, 1), by: channels) {
-        pieces.append(
+        pending[kernel].append(
           kv_piece(
             work: UInt32(work), sequence: UInt32(turn), first: UInt32(rows.lowerBound), end: UInt32(rows.upperBound),
             row: UInt32(row), rows: UInt32(min(queryRows, m - row)), channel: UInt32(channel),

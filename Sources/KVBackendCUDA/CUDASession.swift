@@ -96,9 +96,14 @@ final class CUDASession: Sendable {
     return address
   }
 
-  /// The error of an earlier call that could not throw.
+  /// The error of an earlier call that could not throw. A lack of memory is said once; a lost context stays lost.
   func surviving() throws(KVError) {
-    if let error = failure.withLock({ $0 }) { throw error }
+    let error = failure.withLock { failure in
+      let error = failure
+      if error?.code == .outOfMemory { failure = nil }
+      return error
+    }
+    if let error { throw error }
   }
 
   // MARK: Calls whose failure is kept
@@ -171,18 +176,27 @@ final class CUDASession: Sendable {
 /// The kernels.
 enum CUDAKernel: Int, CaseIterable {
   // attend.cu
-  case prepare, attend, restorePartials, finish, statistics, window
+  case prepare, attend, decodeHalf64, decodeHalf128, decodeBfloat64, decodeBfloat128, decodeCodes2, decodeCodes4
+  case decodeCodes8, restorePartials, finish, statistics, window
   // rows.cu
   case nonfinite, write, read, map, gather
   case toDense, toChannel, toRow, toCodes, toZeroNumbers, toZeroRow, toScaled, toBlocks
   // measure.cu
-  case channelRange, compare, normalise, nearest, turn, mix, scan, addRows, restoreRows, turnChannels
+  case channelRange, compare, normalise, nearest, turn, mix, scan, addRows, restoreRows, turnChannels, scaleRows,
+    placeRows
 
   /// The name in the sources.
   var name: String {
     switch self {
     case .prepare: "kv_prepare"
     case .attend: "kv_attend"
+    case .decodeHalf64: "kv_decode_f16_64"
+    case .decodeHalf128: "kv_decode_f16_128"
+    case .decodeBfloat64: "kv_decode_bf16_64"
+    case .decodeBfloat128: "kv_decode_bf16_128"
+    case .decodeCodes2: "kv_decode_affine2_128"
+    case .decodeCodes4: "kv_decode_affine4_128"
+    case .decodeCodes8: "kv_decode_affine8_128"
     case .restorePartials: "kv_restore_partials"
     case .finish: "kv_finish"
     case .statistics: "kv_statistics"
@@ -210,12 +224,14 @@ enum CUDAKernel: Int, CaseIterable {
     case .addRows: "kv_add_rows"
     case .restoreRows: "kv_restore_rows"
     case .turnChannels: "kv_turn_channels"
+    case .scaleRows: "kv_scale_rows"
+    case .placeRows: "kv_place_rows"
     }
   }
 
   static let modules: [(String, [CUDAKernel])] = [
     ("attend", members(.prepare, .window)), ("rows", members(.nonfinite, .toBlocks)),
-    ("measure", members(.channelRange, .turnChannels)),
+    ("measure", members(.channelRange, .placeRows)),
   ]
 
   private static func members(_ first: CUDAKernel, _ last: CUDAKernel) -> [CUDAKernel] {
@@ -265,7 +281,7 @@ struct CUDARing {
     if used + wanted > size {
       session.synchronize()
       used = 0
-      size = max(size, 1 << 18, 4 * wanted)
+      size = max(size, wanted)
     }
     let base = try memory.bytes(size, session)
     defer { used += wanted }

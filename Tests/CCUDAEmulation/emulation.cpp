@@ -23,6 +23,7 @@
 #define KV_KERNEL static void
 #define KV_SHARED static
 #define KV_DEVICE static inline
+#define KV_DEVICE_MEMBER inline
 #define KV_INFINITY INFINITY
 
 struct Index3 {
@@ -150,6 +151,23 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
   return result;
 }
 
+static bool __any_sync(unsigned, bool x) {
+  unsigned thread = threadIdx.x;
+  block.exchange[thread] = x;
+  wait_for(Waiting::warp);
+  bool any = false;
+  for (unsigned i = thread & ~31u; i < (thread | 31u) + 1; i++) any = any || block.exchange[i] != 0;
+  wait_for(Waiting::warp);
+  return any;
+}
+
+static unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = (uint64_t)y << 32 | x;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; i++) result |= (unsigned)(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return result;
+}
+
 static void atomicMin(unsigned long long *place, unsigned long long value) {
   if (value < *place) *place = value;
 }
@@ -181,6 +199,34 @@ static inline float kv_float(uint32_t bits) {
   return x;
 }
 
+
+static uint32_t kv_sub_halves(uint32_t a, uint32_t b) {
+  return kv_to_half(kv_half((uint16_t)a) - kv_half((uint16_t)b)) |
+         (uint32_t)kv_to_half(kv_half((uint16_t)(a >> 16)) - kv_half((uint16_t)(b >> 16))) << 16;
+}
+
+// A matrix product of a warp, from the fragments of its lanes as the instruction set lays them out: lane 4g + t holds rows
+// g and g + 8 and columns 2t, 2t + 1, 2t + 8 and 2t + 9 of the first factor, the same rows and column g of the second.
+template <bool bfloat>
+static void kv_mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  static uint32_t fragments[1024][6];
+  const unsigned thread = threadIdx.x, first = thread & ~31u, g = thread % 32 / 4, t = thread % 4;
+  const uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(fragments[thread], own, sizeof own);
+  wait_for(Waiting::warp);
+  auto element = [](uint32_t pair, unsigned k) {
+    const uint16_t bits = (uint16_t)(pair >> (16 * (k % 2)));
+    return bfloat ? kv_float((uint32_t)bits << 16) : kv_half(bits);
+  };
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned row = i / 2, column = 2 * t + i % 2;
+    for (unsigned k = 0; k < 16; k++)
+      c[i] += element(fragments[first + 4 * g + k % 8 / 2][row + k / 8 * 2], k) *
+              element(fragments[first + 4 * column + k % 8 / 2][4 + k / 8], k);
+  }
+  wait_for(Waiting::warp);
+}
+
 #include "../../Sources/CKVCUDA/kernels/attend.cu"
 #include "../../Sources/CKVCUDA/kernels/measure.cu"
 #include "../../Sources/CKVCUDA/kernels/rows.cu"
@@ -194,6 +240,7 @@ struct Allocation {
 };
 std::map<uintptr_t, Allocation> allocations;  // device and pinned memory
 std::atomic<long> failing{-1};
+std::map<std::string, size_t> launches;
 std::atomic<size_t> allocated{0};
 
 // Makes a call of a kernel from the addresses of its arguments, which are copied as the driver copies them.
@@ -213,6 +260,13 @@ template <typename... Arguments, void (*kernel)(Arguments...)> struct Trampoline
 #define KERNEL(name) {#name, Trampoline<name>::call}
 const std::map<std::string, Call> kernels = {
     KERNEL(kv_attend),
+    KERNEL(kv_decode_f16_64),
+    KERNEL(kv_decode_f16_128),
+    KERNEL(kv_decode_bf16_64),
+    KERNEL(kv_decode_bf16_128),
+    KERNEL(kv_decode_affine2_128),
+    KERNEL(kv_decode_affine4_128),
+    KERNEL(kv_decode_affine8_128),
     KERNEL(kv_finish),
     KERNEL(kv_prepare),
     KERNEL(kv_restore_partials),
@@ -241,6 +295,8 @@ const std::map<std::string, Call> kernels = {
     KERNEL(kv_add_rows),
     KERNEL(kv_restore_rows),
     KERNEL(kv_turn_channels),
+    KERNEL(kv_scale_rows),
+    KERNEL(kv_place_rows),
 };
 
 // Device memory: pages that nobody may touch but kernels and copies.
@@ -305,8 +361,12 @@ private:
   }
 };
 
-int open_session(int ordinal, void *, void *, void **session) {
+void *last_context, *last_stream;
+
+int open_session(int ordinal, void *context, void *stream, void **session) {
   if (ordinal != 0) return 101;
+  last_context = context;
+  last_stream = stream;
   *session = &lock;
   return 0;
 }
@@ -351,7 +411,7 @@ int take(size_t bytes, bool pinned, void **address) {
   void *base = nullptr;
   if (pinned ? posix_memalign(&base, 256, bytes ? bytes : 1) : !(base = Card::card().take(bytes))) return 2;
   Card::Access access;
-  memset(base, 0xA5, bytes);  // a card's memory is not zero either
+  memset(base, 0xA5, bytes < 65536 ? bytes : 65536);  // a card's memory is not zero either
   allocations[(uintptr_t)base] = {bytes, pinned};
   allocated += bytes;
   *address = base;
@@ -416,6 +476,7 @@ int launch(void *, void *opaque, uint32_t grid_x, uint32_t grid_y, uint32_t thre
   std::lock_guard guard(lock);
   // A grid or block of nothing is an error on a card.
   if (grid_x == 0 || grid_y == 0 || grid_y > 65535 || threads == 0 || threads > 1024) return 1;
+  launches[((const std::pair<const std::string, Call> *)opaque)->first]++;
   auto call = ((const std::pair<const std::string, Call> *)opaque)->second(arguments);
   queue.push_back([=] {
     block.body = call;
@@ -445,4 +506,22 @@ const ckv_cuda_driver driver = {open_session, close_session, describe,    load, 
 
 const void *cuda_emulation_driver(void) { return &driver; }
 void cuda_emulation_fail_after(long count) { failing = count; }
+void cuda_emulation_opened(void **context, void **stream) {
+  *context = last_context;
+  *stream = last_stream;
+}
+void *cuda_emulation_take(size_t bytes) {
+  void *address = nullptr;
+  take(bytes, false, &address);
+  return address;
+}
+void cuda_emulation_give(void *address) { release(nullptr, (uint64_t)(uintptr_t)address); }
+void cuda_emulation_copy(void *target, const void *source, size_t bytes) {
+  copy(nullptr, (uint64_t)(uintptr_t)target, (uint64_t)(uintptr_t)source, bytes);
+  synchronize(nullptr);
+}
+size_t cuda_emulation_launches(const char *kernel) {
+  std::lock_guard guard(lock);
+  return launches[kernel];
+}
 size_t cuda_emulation_allocated(void) { return allocated; }

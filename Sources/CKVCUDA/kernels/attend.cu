@@ -9,6 +9,8 @@ KV_DEVICE uint64_t kv_query_at(const kv_queries &q, uint32_t row) {
   return row / q.group * q.token_stride + row % q.group * q.member_stride;
 }
 
+#include "decode.cuh"
+
 // Queries turned, multiplied by a basis, mapped: one block a query row (y) of a phase (x). A key that is a latent times a
 // basis: its logit is (basis q) . latent + q . mean. A row behind a map is y = (P H S x - offset) / factor: with
 // r = P H S q its logit is (factor r) . y + r . offset.

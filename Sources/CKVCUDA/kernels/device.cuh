@@ -10,7 +10,7 @@
 #define KV_KERNEL extern "C" __global__ void __launch_bounds__(KV_THREADS)
 #define KV_SHARED __shared__
 #define KV_DEVICE __device__ __forceinline__
-#define KV_CONSTANT __constant__
+#define KV_DEVICE_MEMBER __device__ __forceinline__
 #define KV_INFINITY __int_as_float(0x7f800000)
 
 KV_DEVICE float kv_half(uint16_t bits) {
@@ -32,6 +32,26 @@ KV_DEVICE float kv_div(float a, float b) { return __fdiv_rn(a, b); }
 KV_DEVICE float kv_round(float x) { return rintf(x); }
 KV_DEVICE uint32_t kv_bits(float x) { return __float_as_uint(x); }
 KV_DEVICE float kv_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// The differences of two pairs of f16 numbers.
+KV_DEVICE uint32_t kv_sub_halves(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// c += a b, 16 x 16 times 16 x 8: f16 or bf16 in, f32 out; a warp together.
+template <bool bfloat>
+KV_DEVICE void kv_mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if (bfloat)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 #endif
 
 enum { KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2 };

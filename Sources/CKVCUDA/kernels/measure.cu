@@ -193,3 +193,17 @@ KV_KERNEL kv_turn_channels(const float *rows, uint64_t stride, uint32_t first, u
   __syncthreads();
   KV_EACH(c, dim) out[(uint64_t)blockIdx.x * dim + c] = row[c];
 }
+
+// Directions to rows: each times its length, a row of one channel. One block a row.
+KV_KERNEL kv_scale_rows(float *rows, uint32_t dim, const kv_slice *lengths, uint32_t list) {
+  const float length = kv_source(lengths, list, blockIdx.x, 0);
+  KV_EACH(c, dim) rows[(uint64_t)blockIdx.x * dim + c] *= length;
+}
+
+// Rows to the slots they take the place of, those of `count` slots from `offset` on: one block a row.
+KV_KERNEL kv_place_rows(const float *rows, uint32_t dim, const int32_t *slots, int32_t offset, uint32_t count,
+                        float *out) {
+  const int32_t slot = slots[blockIdx.x] - offset;
+  if (slot < 0 || (uint32_t)slot >= count) return;
+  KV_EACH(c, dim) out[(uint64_t)slot * dim + c] = rows[(uint64_t)blockIdx.x * dim + c];
+}

@@ -41,6 +41,24 @@ public struct TensorView: ~Escapable {
     self.tokenStride = tokenStride
   }
 
+  /// Memory that the cache's backend reads in place: device, managed or pinned memory of the context it was made for.
+  ///
+  /// - Parameters:
+  ///   - address: of element (0, 0, 0). Valid, and not written, while the view is used.
+  ///   - headStride: elements from one head to the next; nil: heads lie one behind the other.
+  ///   - tokenStride: elements from one token to the next; nil: `dim`.
+  /// - Throws: `shapeMismatch` for sizes or strides that are negative.
+  @_lifetime(immortal)
+  public init(
+    unsafeDeviceAddress address: UnsafeRawPointer, type: ElementType, heads: Int, tokens: Int, dim: Int,
+    headStride: Int? = nil, tokenStride: Int? = nil
+  ) throws(KVError) {
+    let strides = try checkStrides(heads: heads, tokens: tokens, dim: dim, headStride, tokenStride)
+    self.init(
+      unsafeBase: address, type: type, heads: heads, tokens: tokens, dim: dim, headStride: strides.0,
+      tokenStride: strides.1)
+  }
+
   /// A contiguous block in one of the two usual layouts.
   ///
   /// - Throws: `shapeMismatch` when the span does not hold exactly `heads * tokens * dim` elements.
@@ -117,6 +135,26 @@ public struct MutableTensorView: ~Copyable, ~Escapable {
   public let tokenStride: Int
   package let base: UnsafeMutablePointer<Float>
 
+  /// Memory that the cache's backend writes in place; as ``TensorView``'s form of the same name.
+  ///
+  /// - Parameters:
+  ///   - address: of element (0, 0, 0).
+  ///   - headStride: elements from one head to the next; nil: heads lie one behind the other.
+  ///   - tokenStride: elements from one token to the next; nil: `dim`.
+  /// - Throws: `shapeMismatch` for sizes or strides that are negative.
+  @_lifetime(immortal)
+  public init(
+    unsafeDeviceAddress address: UnsafeMutablePointer<Float>, heads: Int, tokens: Int, dim: Int,
+    headStride: Int? = nil, tokenStride: Int? = nil
+  ) throws(KVError) {
+    (self.headStride, self.tokenStride) = try checkStrides(
+      heads: heads, tokens: tokens, dim: dim, headStride, tokenStride)
+    base = address
+    self.heads = heads
+    self.tokens = tokens
+    self.dim = dim
+  }
+
   /// A contiguous block in one of the two usual layouts.
   ///
   /// - Throws: `shapeMismatch` when the span does not hold exactly `heads * tokens * dim` elements.
@@ -153,6 +191,19 @@ private func contiguousStrides(
       "\(heads) heads x \(tokens) tokens x \(dim) channels need that many elements; the span holds \(count)")
   }
   return layout == .headMajor ? (tokens * dim, dim) : (dim, heads * dim)
+}
+
+private func checkStrides(
+  heads: Int, tokens: Int, dim: Int, _ headStride: Int?, _ tokenStride: Int?
+) throws(KVError) -> (Int, Int) {
+  let own = tokenStride ?? dim
+  let strides = (headStride ?? tokens * own, own)
+  guard heads >= 0, tokens >= 0, dim > 0, strides.0 >= 0, strides.1 >= 0 else {
+    throw KVError(
+      .shapeMismatch,
+      "heads \(heads), tokens \(tokens), dim \(dim), strides \(strides.0) and \(strides.1) must not be negative")
+  }
+  return strides
 }
 
 private func checkStrides(

@@ -14,6 +14,17 @@ const void *cuda_emulation_driver(void);
 /* Makes the allocation after `count` further ones fail; a negative count never. */
 void cuda_emulation_fail_after(long count);
 
+/* The context and stream that the last session was opened with. */
+void cuda_emulation_opened(void **context, void **stream);
+
+/* Device memory of an engine, and copies to and from it. */
+void *cuda_emulation_take(size_t bytes);
+void cuda_emulation_give(void *address);
+void cuda_emulation_copy(void *target, const void *source, size_t bytes);
+
+/* How often a kernel was launched. */
+size_t cuda_emulation_launches(const char *kernel);
+
 /* Bytes of device memory that are allocated now. */
 size_t cuda_emulation_allocated(void);
 
