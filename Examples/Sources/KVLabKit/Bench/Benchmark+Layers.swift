@@ -70,7 +70,7 @@ extension Benchmark {
   }
 
   private func check(_ store: String, _ cache: KVCache, _ tokens: Int, _ queries: [Float]) throws(KVError) -> Bool {
-    let heads = Self.checkedHeads(tokens: tokens)
+    let heads = Self.checkedHeads(store, tokens: tokens)
     let portable = try filled(store, layers: 2, tokens, heads: heads, .cpu(level: "portable"))
     let own = data.queries(1, of: heads)
     var (output, expected) = ([Float](repeating: 0, count: queries.count), [Float](repeating: 0, count: own.count))

@@ -68,14 +68,14 @@ package enum ComparePreset: String, Sendable, CaseIterable {
   private static let formats = [
     "int8": ["", "(format=int4)"], "fp8": ["", "(format=e5m2)"],
     "ggml": ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"].map { "(keys=\($0),values=\($0))" },
-    // Widths apart, axes apart, and what the published orderings compare: keys per channel or per token, no window.
+    // Widths apart, axes apart, and what the published orderings compare: each side per channel or per token.
     "quant": [
       "(keys=q8_0,values=q4_0)", "(keys=channel,key_bits=4,values=int4)",
       "(keys=channel,key_bits=4,values=token,value_bits=2)", "(keys=channel,key_bits=2,values=token,value_bits=4)",
-      "(keys=channel,key_bits=2,key_residual=32,values=token,value_bits=2)",
-      "(keys=token,key_bits=2,values=token,value_bits=2)",
+      "(keys=channel,key_bits=2,key_residual=32,values=token,value_bits=2,value_residual=32)",
+      "(keys=token,key_bits=2,key_residual=32,values=token,value_bits=2,value_residual=32)",
       "(keys=channel,key_bits=2,key_residual=32,values=channel,value_bits=2,value_residual=32)",
-      "(keys=token,key_bits=2,values=channel,value_bits=2,value_residual=32)",
+      "(keys=token,key_bits=2,key_residual=32,values=channel,value_bits=2,value_residual=32)",
     ],
   ]
 
