@@ -31,13 +31,15 @@ struct ApplyCommand: ParsableCommand {
   @Option(help: "Writes bytes per layer, ratio and the options used as JSON.")
   var json: String?
   @OptionGroup var threading: ThreadsOption
+  @OptionGroup var placing: BackendOption
 
   func run() throws {
     try reportingErrors { () throws(KVError) in
       let named = try NamedPolicy(policy)
       let chosen = try layers.map { (text) throws(KVError) in try LayerList(text) }
       let application = try Application(
-        dump: CacheDump(path: input), policy: named, layers: chosen, threads: threading.threads)
+        dump: CacheDump(path: input), policy: named, layers: chosen, threads: threading.threads,
+        backend: placing.backend)
       let result = try application.run(ProgressBar())
       try result.write(to: output)
       print(result.table)

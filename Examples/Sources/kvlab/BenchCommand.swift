@@ -17,6 +17,11 @@ struct BenchCommand: ParsableCommand {
       snapkv-score   SnapKV's scores of a prompt of 32768; snapkv-finish adds choosing and moving what stays
       h2o-step       one decoded token with a full budget: append, attend, add up the attention, drop
 
+      attend-b16     with --backend cuda: one new token of 16 sequences in one call
+
+      With --backend cuda the read bandwidth is that of copies on the card, reads and writes together, and times include \
+      the host's part. Tensors lie in ordinary memory: append measures the bus, too.
+
       A label is CASE/STORE/T<tokens>/q<queries>/t<threads>. Exit code 1 when a check fails. Needs up to 5 GB of memory; \
       --contexts 4096,32768 needs less.
       """)
@@ -31,6 +36,7 @@ struct BenchCommand: ParsableCommand {
   var seconds = 6.0
   @Option(help: "Writes one JSON object a line for every case.")
   var json: String?
+  @OptionGroup var placing: BackendOption
 
   func validate() throws {
     if let threads { _ = try threadList(threads) }
@@ -48,12 +54,14 @@ struct BenchCommand: ParsableCommand {
 
   func run() throws {
     let cores = ProcessInfo.processInfo.activeProcessorCount
-    let counts = try threads.map(threadList) ?? (cores > 1 ? [1, cores] : [1])
+    let isCard = placing.backend == .cuda
+    let counts = try threads.map(threadList) ?? (cores > 1 && !isCard ? [1, cores] : [1])
     try reportingErrors { () throws(KVError) in
       var options = BenchOptions(threads: counts, filter: filter)
       options.contexts = contextList ?? options.contexts
       options.secondsPerGroup = seconds
-      printNow("\(try Backend.cpu().name); \(cores) cores\n\(BenchRecord.heading)\n")
+      options.backend = placing.backend
+      printNow("\(try placing.backend.backend().name); \(cores) cores\n\(BenchRecord.heading)\n")
       var lines = ""
       let benchmark = Benchmark(options, progress: ProgressBar()) { record in
         printNow(record.line + "\n")

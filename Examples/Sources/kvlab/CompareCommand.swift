@@ -59,6 +59,7 @@ struct CompareCommand: ParsableCommand {
   @Option(help: "Writes the table as JSON, an array with an object a policy.")
   var json: String?
   @OptionGroup var threading: ThreadsOption
+  @OptionGroup var placing: BackendOption
 
   func run() throws {
     try reportingErrors { () throws(KVError) in
@@ -71,14 +72,15 @@ struct CompareCommand: ParsableCommand {
       options.needleContext = needleContext
       options.seed = seed
       options.threads = threading.threads
+      options.backend = placing.backend
       try options.validate()
+      let backend = try placing.backend.backend(threads: threading.threads)
       let (chosen, refused) = try choice()
       let directory = try PackagedFiles.model(or: model)
       let engine = try Engine(directory: directory)
       let comparison = try Comparison(
         engine: engine, policies: chosen, texts: PackagedFiles.readTexts(at: PackagedFiles.texts(or: text)),
         names: PackagedFiles.names(model: directory), options: options)
-      let backend = try Backend.cpu(threads: threading.threads)
       print(
         "\(engine.model.parameterCount) parameters, \(engine.model.config.layerCount) layers; "
           + "\(options.samples) texts of \(options.context) + \(options.decode) tokens, "

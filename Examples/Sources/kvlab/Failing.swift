@@ -26,6 +26,13 @@ func threadList(_ text: String) throws -> [Int] {
   return counts.compactMap { $0 }
 }
 
+extension BackendChoice: ExpressibleByArgument {}
+
+struct BackendOption: ParsableArguments {
+  @Option(help: "Where caches live: cpu, or cuda for the first NVIDIA card.")
+  var backend = BackendChoice.cpu
+}
+
 struct ThreadsOption: ParsableArguments {
   @Option(help: "Threads the cache's backend may use. Default: the cores there are, or KV_THREADS.")
   var threads: Int?

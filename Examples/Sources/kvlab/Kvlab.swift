@@ -14,6 +14,6 @@ struct Kvlab: ParsableCommand {
       """,
     subcommands: [
       CompareCommand.self, GenerateCommand.self, ApplyCommand.self, CalibrateCommand.self, PoliciesCommand.self,
-      BenchCommand.self,
+      BenchCommand.self, CheckCommand.self,
     ])
 }

@@ -8,16 +8,18 @@ package struct Application {
   private let policy: NamedPolicy
   private let layers: [Int]
   private let threads: Int?
+  private let backend: BackendChoice
 
   /// - Parameter layers: nil: every layer of the dump.
   /// - Throws: `missingInput` for layers the dump lacks and for inputs the policy needs and the dump cannot give.
   package init(
-    dump: CacheDump, policy: NamedPolicy, layers: LayerList? = nil, threads: Int? = nil
+    dump: CacheDump, policy: NamedPolicy, layers: LayerList? = nil, threads: Int? = nil, backend: BackendChoice = .cpu
   ) throws(KVError) {
     self.dump = dump
     self.policy = policy
     self.layers = layers?.layers ?? dump.layers
     self.threads = threads
+    self.backend = backend
     for layer in self.layers {
       guard let shape = dump.shapes[layer] else {
         throw KVError(.missingInput, "the dump holds layers \(dump.layers), not layer \(layer)", layer: layer)
@@ -88,7 +90,7 @@ package struct Application {
 
   private func makeCache() throws(KVError) -> KVCache {
     try KVCache(
-      shape: Self.shape(of: dump, layers: layers), policy: policy.policy, backend: .cpu(threads: threads),
+      shape: Self.shape(of: dump, layers: layers), policy: policy.policy, backend: backend.backend(threads: threads),
       attention: AttentionOptions(scale: dump.scale.map { Float($0) }))
   }
 
@@ -153,7 +155,8 @@ package struct Application {
     _ data: CacheDumpLayer, _ layer: LayerShape, _ probes: HeadTensor, _ options: AttentionOptions
   ) throws(KVError) -> [Float] {
     let full = try KVCache(
-      shape: ModelShape(layers: [layer]), policy: Policy(store: .dense(.f32)), backend: .cpu(threads: threads),
+      shape: ModelShape(layers: [layer]), policy: Policy(store: .dense(.f32)),
+      backend: backend.backend(threads: threads),
       attention: options)
     try Self.append(data, to: full, 0)
     return try Self.attend(full, 0, probes, valueDim: layer.valueDim)

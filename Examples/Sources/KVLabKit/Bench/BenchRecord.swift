@@ -11,7 +11,7 @@ package struct BenchRecord: Sendable {
   package var seconds: [Double]
   /// What one repeat must read (for `append`: the f32 it takes in).
   package var bytes: Int
-  /// Bytes a second this machine reads with as many threads, measured between the repeats.
+  /// Bytes a second this machine reads with as many threads, or a card copies, measured between the repeats.
   package var readBandwidth: Double
   /// Its median by that of dense f16 of the same shape, where that was measured too.
   package var ratioToF16: Double?

@@ -11,6 +11,7 @@ package struct BenchOptions: Sendable {
   package var contexts = [4096, 32768, 131_072]
   /// Seconds of timing a group of cases gets; fewer than 5 repeats never.
   package var secondsPerGroup = 6.0
+  package var backend = BackendChoice.cpu
 
   package init(threads: [Int], filter: String? = nil) {
     self.threads = threads
@@ -67,8 +68,8 @@ package final class Benchmark {
     progress.begin(steps: options.threads.count * (options.contexts.count + 5))
     defer { progress.end() }
     for threads in options.threads {
-      let backend = try Backend.cpu(threads: threads)
-      let probe = try ReadBandwidthProbe(backend: backend)
+      let backend = try options.backend.backend(threads: threads)
+      let probe = try options.backend.probe(backend)
       _ = probe.measure()
       let machine = Machine(threads: threads, backend: backend, probe: probe)
       for tokens in options.contexts {
@@ -77,6 +78,8 @@ package final class Benchmark {
       }
       progress.advance("two layers held together, \(threads) threads")
       try pairedLayers(tokens: 32768, machine)
+      // Many sequences in one call are what a card is measured by.
+      if options.backend == .cuda { try batch(tokens: min(options.contexts.max() ?? 0, 32768), machine) }
       progress.advance("append, \(threads) threads")
       try appending(machine)
       progress.advance("SnapKV, \(threads) threads")
@@ -93,7 +96,7 @@ package final class Benchmark {
   struct Machine {
     let threads: Int
     let backend: Backend
-    let probe: ReadBandwidthProbe
+    let probe: any BandwidthProbe
   }
 
   func wanted(_ name: String, _ store: String, _ tokens: Int, _ queries: Int, _ machine: Machine) -> Bool {

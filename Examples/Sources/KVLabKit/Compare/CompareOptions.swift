@@ -19,6 +19,7 @@ package struct CompareOptions: Sendable, Hashable {
   package var seed: UInt64 = 1
   /// Nil: as many as the backend takes.
   package var threads: Int?
+  package var backend = BackendChoice.cpu
 
   package init() {}
 

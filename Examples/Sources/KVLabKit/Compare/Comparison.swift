@@ -46,7 +46,7 @@ package struct Comparison {
     for _ in 0..<options.needles { single.append(try builder.next(tokens: length, notes: 1, questions: 1)) }
     self.needles = needles
     self.single = single
-    let backend = try Backend.cpu(threads: options.threads)
+    let backend = try options.backend.backend(threads: options.threads)
     var fitting: [NamedPolicy] = []
     var failures: [PolicyFailure] = []
     for policy in policies {
@@ -171,7 +171,7 @@ package struct Comparison {
     _ sample: [Int], policy: Policy, into tally: inout Tally,
     visit: ([Float], Int) throws(KVError) -> Void
   ) throws(KVError) {
-    let backend = try Backend.cpu(threads: options.threads)
+    let backend = try options.backend.backend(threads: options.threads)
     let cache = try KVCache(shape: engine.model.config.shape, policy: policy, backend: backend)
     let attention = try ShadowedAttention(cache)
     let session = try InferenceSession(engine.model, attention: attention)
@@ -217,7 +217,7 @@ package struct Comparison {
     var agnostic = RetrievalScore()
     var aware = RetrievalScore()
     for needle in sequences {
-      let backend = try Backend.cpu(threads: options.threads)
+      let backend = try options.backend.backend(threads: options.threads)
       let cache = try KVCache(shape: engine.model.config.shape, policy: policy, backend: backend)
       let session = try InferenceSession(engine.model, attention: CacheAttention(cache))
       _ = try session.prefill(needle.prompt, chunk: options.chunk, finish: false)
