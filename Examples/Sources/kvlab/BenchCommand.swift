@@ -13,6 +13,7 @@ struct BenchCommand: ParsableCommand {
       in between; the median counts.
 
       attend         attention of 1 and of 8 new tokens over every store
+      two-layers     attention of 1 new token over both layers of a pair that shares directions, against two dense ones
       append         appending blocks of 1024 tokens to a cache in use; bytes are those of the f32 input
       snapkv-score   SnapKV's scores of a prompt of 32768; snapkv-finish adds choosing and moving what stays
       h2o-step       one decoded token with a full budget: append, attend, add up the attention, drop

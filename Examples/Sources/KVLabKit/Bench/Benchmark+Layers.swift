@@ -22,7 +22,10 @@ extension Benchmark {
     var contestants: [Pairs] = []
     for store in ["f16"] + chosen {
       let cache = try filled(store, layers: layers, tokens, heads: Self.allHeads, machine.backend)
-      let bytes = cache.bytes.total / (layers / 2)
+      // Both layers read the directions, each its own lengths and exact rows.
+      let base = try PolicyRegistry.standard.policy(store.prefix { $0 != "+" }.description)
+      let directions = try base.estimate(shape: ModelShape(layers: [BenchData.shape]), prompt: tokens).total
+      let bytes = cache.bytes.total / (layers / 2) + directions
       contestants.append(
         Pairs(store: store, cache: cache, checked: try check(store, cache, tokens, queries), bytes: bytes))
     }
