@@ -3,10 +3,11 @@ package struct InPlaceEviction {
   let scorer: any RowScorer
   let protection: Protection
 
-  /// Nil for a policy that moves rows between tiers, lets heads compete or scores by more than observed columns.
+  /// Nil for a policy that moves rows between tiers, lets heads compete, chooses by a rule or scores by more than observed columns.
   init?(_ policy: any CompressionPolicy) {
     guard policy.tiers.count == 1, let scorer = policy.scorer as? any RowScorer,
-      policy.allocator is UniformAllocator, let router = policy.router as? TopKRouter, router.others == .dropped
+      policy.allocator is UniformAllocator, let router = policy.router as? TopKRouter, router.others == .dropped,
+      router.rule == nil
     else { return nil }
     self.scorer = scorer
     protection = router.protection
@@ -69,7 +70,7 @@ extension KVCache {
   }
 
   /// Whether all heads hold the same slots, dead or alive.
-  private func headsAreAlike(_ segment: any Segment) -> Bool {
+  func headsAreAlike(_ segment: any Segment) -> Bool {
     let first = segment.observed(head: 0)
     for head in 1..<max(segment.kvHeads, 1) {
       let other = segment.observed(head: head)

@@ -46,7 +46,8 @@ extension KVCache {
     if observedQueries(of: max(queries, 1), state) > 0 {
       let step = clearedStepWeights(state)
       scatter(weights, state, into: step)
-      if sumsInPlace { fold(observer, state, queries: queries) } else { fold(state, queries: queries) }
+      let observed = observedQueries(of: queries, state)
+      if sumsInPlace { fold(observer, state, queries: observed) } else { fold(state, queries: observed) }
     }
     state.observedTokens = state.seen
     state.frozenBelow = state.seen
@@ -105,6 +106,7 @@ extension KVCache {
     }
     // The same size as when the step began: nothing is moved.
     var weights = stepWeights.floats(total)
+    if observer.sharedByHeads { share(weights, observer.reduction, state) }
     for head in 0..<state.shape.kvHeads {
       for segment in state.segments {
         let columns = segment.observed(head: head)
@@ -118,6 +120,20 @@ extension KVCache {
         weights += KVCache.padded(columns.count)
       }
     }
+  }
+
+  /// Gives every head what all heads received, where they hold the same slots.
+  private func share(_ weights: UnsafeMutablePointer<Float>, _ reduction: AttentionReduction, _ state: LayerState) {
+    guard state.shape.kvHeads > 1, state.segments.allSatisfy(headsAreAlike) else { return }
+    let count = state.segments.reduce(0) { $0 + KVCache.padded($1.slotCount(head: 0)) }
+    for head in 1..<state.shape.kvHeads {
+      let own = weights + head * count
+      switch reduction {
+      case .sum: for slot in 0..<count { weights[slot] += own[slot] }
+      case .max: for slot in 0..<count { weights[slot] = max(weights[slot], own[slot]) }
+      }
+    }
+    for head in 1..<state.shape.kvHeads { (weights + head * count).update(from: weights, count: count) }
   }
 
   /// Lets the policy act on what was appended, for engines with attention of their own: call it after their attention

@@ -12,6 +12,9 @@ public protocol AttentionObserver: Hashable, Sendable {
   ///
   /// - Parameter prompt: whether the call belongs to a prompt or to decoding.
   func observedQueries(prompt: Bool) -> Int
+  /// Whether the weights a token received in all KV heads of its layer are reduced to one before they are folded. Heads
+  /// that hold other rows than the first, for budgets of their own, are then all folded each for itself.
+  var sharedByHeads: Bool { get }
   /// What a column holds when a row arrives.
   ///
   /// - Parameter decodedTokens: tokens decoded before this one, since the cache was made.
@@ -24,6 +27,7 @@ public protocol AttentionObserver: Hashable, Sendable {
 
 extension AttentionObserver {
   public var reduction: AttentionReduction { .sum }
+  public var sharedByHeads: Bool { false }
   public func observedQueries(prompt: Bool) -> Int { .max }
   public func initial(column: Int, decodedTokens: Int) -> Float { 0 }
   public func merged(column: Int, _ own: Float, _ taken: Float) -> Float { own + taken }

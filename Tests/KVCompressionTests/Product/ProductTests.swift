@@ -27,7 +27,10 @@ import Testing
     return result.map { $0.isEmpty ? method.name : "\(method.name)(\($0.joined(separator: ",")))" }
   }
 
-  static let selections = PolicyRegistry.standard.methods.filter { $0.role == .selection }.flatMap(texts) + modified
+  static let selections = PolicyRegistry.standard.methods.filter { $0.role == .selection }.flatMap(texts) + modified + [
+    "kvcrush(budget=24,sinks=2,window=5,block=3,representatives=2,anchor=mean,every=3)",
+    "kvcrush(budget=0.4,sinks=2,window=5,form=paper,share=0.5)",
+  ]
   /// Every modifier behind what needs attention of the last queries or behind what needs the weights of all, in turn.
   static let modified = PolicyRegistry.standard.methods.filter { $0.role == .modifier }.flatMap(texts).enumerated()
     .map { ($0.offset % 2 == 0 ? "snapkv(budget=0.4,window=5,kernel=3)+" : "h2o(budget=24)+") + $0.element }

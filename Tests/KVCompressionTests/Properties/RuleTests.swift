@@ -30,6 +30,8 @@ import Testing
     ("chunks 4 shared", { try $0.chunks(length: 4) }), ("whole chunks", { try $0.chunks(length: 3, whole: true) }),
     ("even", { try $0.even(length: 3) }), ("shared", { try $0.shared(.max) }),
     ("critical", { try $0.critical(first: 0.5) }), ("critical adakv", { try $0.adaKV(form: .kvpress).critical() }),
+    ("crush", { try $0.crush(RepresentativeRule(form: .paper, share: 0.5, anchor: .mean)) }),
+    ("crush blocks", { try $0.crush(RepresentativeRule(form: .code, block: 2, share: 0.4, anchor: .alternating)) }),
     ("threshold", { try $0.threshold(score: 2) }), ("mass", { try $0.threshold(mass: 0.5) }),
   ]
 
@@ -83,7 +85,7 @@ import Testing
         counts == Array(repeating: Array(repeating: tokens, count: heads), count: 2), "all fit: \(counts)")
     }
     switch name {
-    case "none", "chunks 1", "chunks 3", "chunks 4 shared", "even", "shared", "critical":
+    case "none", "chunks 1", "chunks 3", "chunks 4 shared", "even", "shared", "critical", "crush", "crush blocks":
       KVCompressionTests.check(counts.allSatisfy { $0.allSatisfy { $0 == whole } }, "\(counts)")
     case "adakv kvpress", "critical adakv":
       KVCompressionTests.check(counts.allSatisfy { $0.reduce(0, +) == heads * whole }, "\(counts)")
@@ -171,7 +173,7 @@ import Testing
     "prefixkv(budget=0.4)", "adapyramidkv(budget=0.4,window=5,every=2)",
     "chunkkv(budget=0.4,window=5,length=4,every=3)",
     "criticalkv(budget=0.4,window=5,every=2)", "expected(budget=0.4,queries=8,rotary=false,every=2)",
-    "lagkv(budget=0.6,lag=6,every=1)", "keydiff(budget=0.4,every=1)", "random(budget=0.4,every=1)",
+    "kvcrush(budget=0.4,sinks=1,window=2,block=3,every=3)", "lagkv(budget=0.6,lag=6,every=1)", "keydiff(budget=0.4,every=1)", "random(budget=0.4,every=1)",
   ])
   func interleavedSequences(text: String) throws {
     let shape = Geometry(4, 2, 16).shape(layers: 2)
