@@ -14,9 +14,9 @@ public import KVCore
 /// Needs: post-RoPE queries of the last `window` tokens of the prompt, and the attention weights of decoded tokens. Runs:
 /// after the prompt, over all layers together, and after every decoded token, on the attention of that token alone.
 ///
-/// Differs from the authors' code: layers are chosen once the prompt is complete instead of layer by layer while it runs
-/// (their cascade bounds the peak; its last step gives the same budgets); rows are in position order, so that decoding
-/// pools neighbours of the text; statistics are f32 throughout; equal scores keep the lower position.
+/// Differs from the authors' code: the cascade, in which earlier layers give rows up while later ones run, is the engine's
+/// choice, by ``KVCache/finishPrefill(layer:)``; rows are in position order, so that decoding pools neighbours of the text;
+/// statistics are f32 throughout; equal scores keep the lower position.
 extension Selection {
   /// - Parameters:
   ///   - budget: rows kept on average over the layers, window included.
@@ -25,10 +25,11 @@ extension Selection {
   ///   - tau1: the entropy of a layer counts to the power 1/tau1.
   ///   - tau2: its variance to the power 1/tau2. The authors search both per model and budget.
   ///   - kernel: pooled neighbours, odd.
+  ///   - cascade: whether layers may finish one by one; false: all are compared once.
   ///   - every: decoded tokens between evictions; 1 as published, nil never after the prompt.
   public static func cake(
     budget: Budget = .tokens(1024), window: Int = 32, gamma: Double = 200, tau1: Double = 1, tau2: Double = 1,
-    kernel: Int = 5, every: Int? = 1
+    kernel: Int = 5, cascade: Bool = true, every: Int? = 1
   ) throws(KVError) -> Selection {
     guard (2...65_536).contains(window) else {
       throw KVError(.invalidOption, "cake's window must lie in 2...65536: a variance needs two; got \(window)")
@@ -50,10 +51,11 @@ extension Selection {
         options: [
           SpecOption("budget", budget.specValue), SpecOption("window", .integer(window)),
           SpecOption("gamma", .decimal(gamma)), SpecOption("tau1", .decimal(tau1)), SpecOption("tau2", .decimal(tau2)),
-          SpecOption("kernel", .integer(kernel)), SpecOption("every", .integer(every ?? 0)),
+          SpecOption("kernel", .integer(kernel)), SpecOption("cascade", .bool(cascade)),
+          SpecOption("every", .integer(every ?? 0)),
         ]),
       scorer: ShiftingAttention(window: window, gamma: Float(gamma), kernel: kernel, decodes: every != nil),
-      budget: budget, allocator: LayerPreference(window: window, tau1: tau1, tau2: tau2),
+      budget: budget, allocator: LayerPreference(window: window, tau1: tau1, tau2: tau2, cascades: cascade),
       router: TopKRouter(Protection(window: window)), schedule: Schedule(decodeInterval: every))
   }
 
@@ -68,6 +70,7 @@ extension Selection {
       .init("tau1", "the entropy of a layer counts to the power 1/tau1"),
       .init("tau2", "the variance of a layer counts to the power 1/tau2"),
       .init("kernel", "neighbouring tokens pooled, odd"),
+      .init("cascade", "whether layers may finish their prompts one by one"),
       .init("every", "decoded tokens between evictions; 0 for never after the prompt"),
     ]
   ) { (reader) throws(KVError) in
@@ -77,11 +80,12 @@ extension Selection {
     let tau1 = try reader.double("tau1", default: 1, in: 0...1e9)
     let tau2 = try reader.double("tau2", default: 1, in: 0...1e9)
     let kernel = try reader.int("kernel", default: 5, in: 1...65_535)
+    let cascade = try reader.bool("cascade", default: true)
     let every = try reader.int("every", default: 1, in: 0...1_048_576)
     return .selection(
       try .cake(
         budget: budget, window: window, gamma: gamma, tau1: tau1, tau2: tau2, kernel: kernel,
-        every: every == 0 ? nil : every))
+        cascade: cascade, every: every == 0 ? nil : every))
   }
 }
 
@@ -131,11 +135,13 @@ public struct LayerPreference: Allocator {
   public let window: Int
   public let tau1: Double
   public let tau2: Double
+  public let cascades: Bool
 
-  public init(window: Int, tau1: Double, tau2: Double) {
+  public init(window: Int, tau1: Double, tau2: Double, cascades: Bool = true) {
     self.window = window
     self.tau1 = tau1
     self.tau2 = tau2
+    self.cascades = cascades
   }
 
   public var spansLayers: Bool { true }
@@ -143,6 +149,15 @@ public struct LayerPreference: Allocator {
   public func needsScores(_ request: AllocationRequest) -> Bool { true }
 
   public func allocate(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]] {
+    allocate(requests, layers: requests.count)
+  }
+
+  /// What all layers will have, among those there are so far.
+  public func cascade(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]] {
+    allocate(requests, layers: requests.first?.layers ?? 0)
+  }
+
+  private func allocate(_ requests: [AllocationRequest], layers: Int) -> [[Int]] {
     if requests.contains(where: { $0.scores.measures.count < 2 }) { return requests.map(later) }
     // As in the authors' code, a prompt only a window longer than the budget is left alone.
     if requests.allSatisfy({ request in
@@ -150,7 +165,8 @@ public struct LayerPreference: Allocator {
     }) {
       return requests.map(\.rows)
     }
-    let total = requests.reduce(0) { $0 + max(0, ($1.budget.max() ?? 0) - window) }
+    let past = requests.reduce(0) { $0 + max(0, ($1.budget.max() ?? 0) - window) }
+    let total = past * layers / max(requests.count, 1)
     let cap = requests.reduce(0) { max($0, ($1.rows.max() ?? 0) - window) }
     let budgets = LayerPreference.share(total, by: requests.map(preference), cap: max(0, cap))
     return zip(requests, budgets).map { request, past in request.rows.map { min($0, max(past, 0) + window) } }

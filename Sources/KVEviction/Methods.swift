@@ -13,7 +13,7 @@ public enum EvictionMethods {
     Selection.pyramidMethod, Selection.adaKVMethod,
     Selection.tovaMethod, Selection.lazyEvictionMethod,
     Selection.scissorhandsMethod, Selection.cakeMethod,
-    Selection.kvCrushMethod, Selection.crushMethod,
+    Selection.positionsMethod, Selection.kvCrushMethod, Selection.crushMethod,
     Selection.scheduleMethod,
   ]
 }

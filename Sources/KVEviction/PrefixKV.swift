@@ -2,7 +2,7 @@ public import KVCore
 
 /// PrefixKV: every layer keeps the tokens that hold the same share of its attention. arXiv 2412.03409 (NeurIPS 2025).
 ///
-/// Needs: the attention weights of every token of the prompt. Runs: after the prompt, all layers together; then after every
+/// Needs: the attention weights of every token of the prompt; nothing while decoding. Runs: after the prompt, all layers together; then after every
 /// decoded token.
 ///
 /// The tokens of each layer are sorted by the attention they received; one share p is sought by bisection so that keeping,
@@ -108,6 +108,8 @@ public struct PrefixAllocator: LayerAllocator {
   }
 
   public var spansLayers: Bool { keep.isEmpty }
+  /// Layers keep what the prompt gave them.
+  public var readsScoresWhileDecoding: Bool { heads.readsScoresWhileDecoding }
 
   public func validate(_ shape: ModelShape) throws(KVError) {
     try heads.validate(shape)
@@ -129,7 +131,7 @@ public struct PrefixAllocator: LayerAllocator {
         let tokens = request.tokensSeen
         return tokens - Int(((1 - keep[request.index]) * Double(tokens)).rounded(.toNearestOrEven))
       }
-    } else if requests.count == first.layers {
+    } else if requests.count == first.layers, requests.allSatisfy({ $0.isScored || $0.earlier == nil }) {
       counts = compared(requests)
     } else {
       counts = requests.map { _ in nil }
@@ -231,6 +233,7 @@ public struct PrefixAllocator: LayerAllocator {
 /// After the prompt the best rows; while decoding, rows up to a slot are frozen and the rest slides.
 public struct FrozenPrefixRule: SelectionRule {
   public let distance: Int
+  public var readsScoresWhileDecoding: Bool { false }
 
   public init(distance: Int = -25) { self.distance = distance }
 

@@ -6,7 +6,8 @@ public import KVCore
 ///
 /// Positions: the authors number rows inside the cache (`slot`, the default, needs the rotary embedding in `ModelShape`);
 /// most ports keep true positions (`keep`). The two give different numbers. Slot distances are made by turning the query
-/// back over the gap, so stored keys are never rewritten.
+/// back over the gap, so stored keys are never rewritten; `rerotate` turns the keys of the first tokens instead, once for
+/// every token that leaves.
 extension Selection {
   /// - Parameters:
   ///   - sinks: tokens kept at the start; 4, or 1 for models trained with a sink token.
@@ -38,7 +39,8 @@ extension Selection {
     options: [
       .init("sinks", "first tokens that always stay"), .init("recent", "newest tokens that stay"),
       .init("budget", "tokens, share or bytes kept in all, instead of recent"),
-      .init("positions", "slot: distances counted in cached rows; keep: true distances"),
+      .init(
+        "positions", "slot: distances counted in cached rows; rerotate: the same by turned keys; keep: true distances"),
     ]
   ) { (reader) throws(KVError) in
     let sinks = try reader.int("sinks", default: 4, in: 0...1_048_576)

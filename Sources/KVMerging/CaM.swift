@@ -116,7 +116,7 @@ extension Selection {
     let prominence = try Prominence(from: &reader, attention: 0, mode: "random")
     let candidates = try MergeRule.Candidates(from: &reader, which: "newest")
     let prompt = try reader.bool("prompt", default: true)
-    let positions = try reader.name("positions", default: "keep", among: PositionPolicy.allCases.map(\.rawValue))
+    let positions = try reader.name("positions", default: "keep", among: ["keep", "slot"])
     let every = try reader.int("every", default: 1, in: 1...1_048_576)
     let policy = PositionPolicy(rawValue: positions) ?? .keep
     return .selection(

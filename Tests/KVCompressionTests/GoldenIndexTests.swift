@@ -20,7 +20,7 @@ import Testing
     ("kvpress.adakv.", 2), ("kvpress.knorm.", 2),
     ("kvpress.keydiff.", 2), ("kvpress.lagkv.", 4), ("kvpress.expected.", 4), ("kvpress.critical.", 2),
     ("kvpress.criticaladakv.", 2), ("kvpress.chunkkv", 4), ("kvpress.block.", 2), ("prefixkv.", 2),
-    ("kvpress.snapkv.", 2), ("kvcrush.", 3),
+    ("kvpress.snapkv.", 2), ("kvcrush.", 3), ("kvpress.rerotation.", 2),
   ])
   func entriesAreFound(prefix: String, count: Int) {
     #expect(Goldens.names(prefix).count == count)

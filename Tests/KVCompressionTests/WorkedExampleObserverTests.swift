@@ -98,6 +98,45 @@ import Testing
     }
   }
 
+  // MARK: PrefixKV (A9)
+
+  /// Its decoding looks at no score: engines report nothing, rows carry nothing, and a second prompt begins anew.
+  @Test(arguments: ["prefixkv(budget=0.5)", "prefixkv(budget=12,sinks=2,every=3)"])
+  func nothingIsObservedWhileDecoding(text: String) throws {
+    let selection = try PolicyRegistry.standard.policy(text).selection
+    let caches = try [cache(selection, heads: 2), cache(selection, heads: 2)]
+    for cache in caches {
+      try append(cache, 20)
+      let weights = (0..<20).map { Float($0 * 7 % 11) / 8 }
+      try cache.observe(layer: 0, attention: [weights, weights])
+      #expect(cache.bytes.state > 0)
+      try cache.finishPrefill()
+      #expect(cache.bytes.state == 0)
+    }
+    for step in 0..<12 {
+      for (index, cache) in caches.enumerated() {
+        try append(cache, seed: UInt64(step))
+        let rows = cache.rowsHeld(layer: 0, head: 0)
+        if index == 1 {
+          try cache.observe(
+            layer: 0, attention: [Array(repeating: 0.5, count: rows)] + [Array(repeating: 0.25, count: rows)])
+        }
+        try cache.commit(layer: 0)
+        #expect(cache.bytes.state == 0 && cache.bytes.total == cache.backend.memory.liveBytes)
+      }
+      #expect(try caches[0].positions() == caches[1].positions())
+    }
+    try caches[0].compress()
+    caches[0].beginPrefill()
+    try append(caches[0], 4)
+    expectError(.missingInput, "attention weights", layer: 0) { try caches[0].finishPrefill() }
+    let rows = caches[0].rowsHeld(layer: 0, head: 0)
+    let weights = (0..<rows).map { Float($0) }
+    try caches[0].observe(layer: 0, attention: [weights, weights])
+    try caches[0].finishPrefill()
+    #expect(caches[0].bytes.state == 0)
+  }
+
   // MARK: LazyEviction (A11)
 
   private func columns(_ cache: KVCache) -> [[Float]] {

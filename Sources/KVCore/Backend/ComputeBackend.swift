@@ -81,6 +81,12 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// request says will hold it.
   func mix(_ request: RowMix, into target: RowRun) -> Int?
 
+  /// Whether it turns keys where they lie.
+  var turnsKeys: Bool { get }
+  /// Turns keys by positions where they lie. Returns the first, counted over all slices, with an element that would
+  /// come to lie beyond ±`limit`; with `writes` nothing is checked, and without nothing changes.
+  func turn(_ turns: [KeyTurn], rotary: RotaryEmbedding, limit: Float, writes: Bool) -> Int?
+
   /// A number for every row of a list, in tiles; see ``RowScan``.
   func scan(_ request: RowScan, into result: UnsafeMutablePointer<Float>)
 
@@ -131,6 +137,12 @@ extension ComputeBackend {
   package func require(_ observer: any AttentionObserver) throws(KVError) {}
   package var movesOverlappingRows: Bool { true }
   package var hasWindowStatistics: Bool { true }
+
+  package var turnsKeys: Bool { false }
+
+  package func turn(_ turns: [KeyTurn], rotary: RotaryEmbedding, limit: Float, writes: Bool) -> Int? {
+    preconditionFailure("\(name) does not turn keys")
+  }
 
   package var holdsLatents: Bool { false }
 

@@ -57,6 +57,9 @@ package final class DryRunBackend: ComputeBackend {
   ) {}
   package func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable) {}
 
+  package var turnsKeys: Bool { true }
+  package func turn(_ turns: [KeyTurn], rotary: RotaryEmbedding, limit: Float, writes: Bool) -> Int? { nil }
+
   package var holdsLatents: Bool { true }
 
   /// Bases of the right size: what a cache allocates depends on shapes alone.

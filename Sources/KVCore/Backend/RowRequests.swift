@@ -131,3 +131,16 @@ package struct DirectionRequest {
 
   package var count: Int { lower.reduce(0) { $0 + $1.count } }
 }
+
+/// Keys that move by some positions.
+package struct KeyTurn {
+  /// Dense rows.
+  package var slice: RunSlice
+  /// Positions by which they become later.
+  package var by: Int
+
+  package init(slice: RunSlice, by: Int) {
+    self.slice = slice
+    self.by = by
+  }
+}

@@ -47,6 +47,10 @@ extension KVCache {
         "as many keys as values and at least one token expected; got \(keys) keys and \(values) values",
         layer: state.layer)
     }
+    guard state.cascade == nil else {
+      throw KVError(
+        .wrongPhase, "the prompt of this layer is finished; finish those of the other layers first", layer: state.layer)
+    }
     guard keys <= Int(Int32.max) - state.seen else {
       throw KVError(.unsupported, "positions beyond \(Int32.max) are not supported", layer: state.layer)
     }
@@ -86,7 +90,7 @@ extension KVCache {
   /// Whether rows carry what was observed of their attention: only while the policy will ask for it.
   package func observesAttention(_ state: LayerState) -> Bool {
     guard observer != nil, selects(state) else { return false }
-    return state.phase == .prefill || policy.schedule.decodeInterval != nil
+    return state.phase == .prefill || observesWhileDecoding
   }
 
   /// Whether queries must be captured for a window scorer.
@@ -98,7 +102,7 @@ extension KVCache {
   /// Whether queries are kept of which some will be probes.
   package func capturesProbes(_ state: LayerState) -> Bool {
     guard probes != nil, selects(state) else { return false }
-    return state.phase == .prefill || policy.schedule.decodeInterval != nil
+    return state.phase == .prefill || observesWhileDecoding
   }
 
   /// Whether the policy chooses tokens in this layer. A sliding-window layer forgets by itself.

@@ -5,6 +5,10 @@ extension KVCache {
   public func finishPrefill() throws(KVError) {
     let waiting = layers.filter { $0.shape.cached && $0.phase == .prefill }
     try compress(waiting, when: policy.schedule.afterPrefill, calibrates: true)
+    try enterDecode(waiting)
+  }
+
+  private func enterDecode(_ waiting: [LayerState]) throws(KVError) {
     for state in waiting {
       try enterDecode(state)
       try join(groupsOf: state)
@@ -12,15 +16,19 @@ extension KVCache {
   }
 
   /// The same for one layer, as soon as its part of the prompt is attended, so that no more than one layer is ever held
-  /// in full. Policies whose budgets span layers need ``finishPrefill()``.
+  /// in full. Policies whose budgets span layers must cascade (``Allocator/cascades``): layers that are finished already
+  /// then give rows up to this one, and decoding begins when all are finished. Others need ``finishPrefill()``.
   public func finishPrefill(layer: Int) throws(KVError) {
     let state = try state(layer)
     guard state.phase == .prefill else {
       throw KVError(.wrongPhase, "this layer's prompt is already finished", layer: layer)
     }
-    guard !policy.allocator.spansLayers else {
-      throw KVError(
-        .unsupported, "\(policy.spec) shares its budget between layers: call finishPrefill()", layer: layer)
+    if policy.allocator.spansLayers, policy.schedule.afterPrefill, selects(state) {
+      guard policy.allocator.cascades, policy.schedule.trigger == nil else {
+        throw KVError(
+          .unsupported, "\(policy.spec) shares its budget between layers: call finishPrefill()", layer: layer)
+      }
+      return try cascade(state)
     }
     try compress([state], when: policy.schedule.afterPrefill, calibrates: true)
     try enterDecode(state)
@@ -36,7 +44,7 @@ extension KVCache {
         state.promptStart = state.seen
         state.observedQueries = state.seen
       }
-      if policy.schedule.decodeInterval == nil { state.observedTokens = state.seen }
+      if !observesWhileDecoding { state.observedTokens = state.seen }
     }
   }
 
@@ -72,7 +80,30 @@ extension KVCache {
     }
   }
 
+  /// Finishes a layer while others have yet to come: those before it give rows up.
+  private func cascade(_ state: LayerState) throws(KVError) {
+    guard state.cascade == nil else {
+      throw KVError(.wrongPhase, "this layer's prompt is already finished", layer: state.layer)
+    }
+    let chosen = layers.filter { $0.cascade != nil || $0 === state }
+    let plans = try plan(chosen, room: 0, keepingViews: false, cascading: true)
+    var scores: [CascadedScores] = []
+    for plan in plans {
+      scores.append(try CascadedScores(plan.scores, routing: plan.routing, backend: backend.operations))
+    }
+    try calibrate(state)
+    for (plan, scores) in zip(plans, scores) {
+      try apply(plan, moreToCome: false)
+      plan.state.cascade = scores
+      plan.state.chosenTokens = plan.state.seen
+    }
+    if !queriesWhileDecoding { state.queryWindow = nil }
+    let waiting = layers.filter { $0.shape.cached && $0.phase == .prefill }
+    if waiting.allSatisfy({ $0.cascade != nil }) { try enterDecode(waiting) }
+  }
+
   private func enterDecode(_ state: LayerState) throws(KVError) {
+    state.cascade = nil
     try settle(state, .prompt)
     state.queryPeaks = nil
     state.phase = .decode
@@ -84,7 +115,7 @@ extension KVCache {
     if observer?.observedQueries(prompt: true) == 0 { state.observedTokens = state.seen }
     // What only the prompt needed is freed.
     if !queriesWhileDecoding { state.queryWindow = nil }
-    if policy.schedule.decodeInterval == nil {
+    if !observesWhileDecoding {
       state.probeStore = nil
       state.markedProbes = []
       for segment in state.segments { segment.forgetObserved() }
@@ -204,6 +235,7 @@ extension KVCache {
     let rows: [Int]
     /// Nil: everything fits.
     let routing: Routing?
+    let scores: ScoreTable
     /// Nil where many layers are planned: the views of a long prompt's layers together would be large.
     let view: LayerView?
     let allocation: EarlierAllocation
@@ -220,7 +252,7 @@ extension KVCache {
   }
 
   private func plan(
-    _ states: [LayerState], room: Int, keepingViews: Bool
+    _ states: [LayerState], room: Int, keepingViews: Bool, cascading: Bool = false
   ) throws(KVError) -> [LayerPlan] {
     let protection = policy.router.protection
     var views: [LayerView] = []
@@ -234,8 +266,16 @@ extension KVCache {
       var request = AllocationRequest(
         layer: state.layer, index: place.index, layers: place.count, tokensSeen: state.seen, rows: rows,
         budget: budgets, scores: ScoreTable(counts: rows), protection: protection, earlier: state.allocation)
+      request.isScored = state.phase == .prefill || scoresWhileDecoding
       let wanted =
-        policy.tiers.count > 1 || policy.router.routesAlways || policy.allocator.needsScores(request)
+        request.isScored
+        && (policy.tiers.count > 1 || policy.router.routesAlways || policy.allocator.needsScores(request))
+      if let stored = state.cascade {
+        request.scores = stored.table
+        views.append(view)
+        requests.append(request)
+        continue
+      }
       if wanted { try checkObserved(state) }
       if wanted, rows.contains(where: { $0 > 0 }), let scorer = policy.scorer {
         do throws(KVError) {
@@ -249,7 +289,7 @@ extension KVCache {
       views.append(view)
       requests.append(request)
     }
-    let kept = try policy.allocator.allocate(requests)
+    let kept = cascading ? try policy.allocator.cascade(requests) : try policy.allocator.allocate(requests)
     try check(kept, for: requests)
     var plans: [LayerPlan] = []
     for (index, state) in states.enumerated() {
@@ -272,7 +312,8 @@ extension KVCache {
       }
       plans.append(
         LayerPlan(
-          state: state, rows: rows, routing: routing, view: keepingViews ? views[index] : nil,
+          state: state, rows: rows, routing: routing, scores: cascading ? requests[index].scores : ScoreTable(),
+          view: keepingViews ? views[index] : nil,
           allocation: EarlierAllocation(kept: kept[index], budget: requests[index].budget, tokensSeen: state.seen)))
     }
     return plans
@@ -382,6 +423,9 @@ extension KVCache {
     do throws(KVError) {
       let leaving = state.segments.indices.filter { dropped[$0].contains { !$0.isEmpty } }
       for index in leaving { try state.segments[index].prepareDrop(dropped[index]) }
+      if policy.positions == .rerotate, let rotary = shape.rotary {
+        try state.segments[0].turnKeys(turns(routing, view), rotary: rotary)
+      }
       try move(moves, in: state) { () throws(KVError) in try merge(routing, view, state) }
       if let memory = routing.memory { state.routerMemory = memory }
       // Only memory that is given back could fail from here on, and then it stays.
@@ -490,6 +534,29 @@ extension KVCache {
     }
     // A backend without rows leaves the range empty.
     return zip(low, high).allSatisfy { $0 > $1 || max(abs($0), abs($1)) <= limit }
+  }
+
+  /// By how much each surviving key becomes later: by the rows behind it that go.
+  private func turns(_ routing: Routing, _ view: LayerView) -> [[SlotTurn]] {
+    (0..<view.kvHeads).map { head in
+      var turns: [SlotTurn] = []
+      var gone = 0
+      for row in stride(from: view.rowCount(head: head) - 1, through: 0, by: -1) {
+        if routing[head, row] == .dropped {
+          gone += 1
+          continue
+        }
+        if gone == 0 { continue }
+        let slot = Int(view.reference(head: head, row: row).slot)
+        if let last = turns.last, last.by == gone {
+          // Slots between that are dead already turn along.
+          turns[turns.count - 1].slots = slot..<last.slots.upperBound
+        } else {
+          turns.append(SlotTurn(slots: slot..<slot + 1, by: gone))
+        }
+      }
+      return turns.reversed()
+    }
   }
 
   /// Copies rows into other tiers, `moves[from][to][head]`, and does `then`: all of it, or nothing when either fails.

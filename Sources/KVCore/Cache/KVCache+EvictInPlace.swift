@@ -3,11 +3,11 @@ package struct InPlaceEviction {
   let scorer: any RowScorer
   let protection: Protection
 
-  /// Nil for a policy that moves rows between tiers, lets heads compete, chooses by a rule or scores by more than observed columns.
+  /// Nil for a policy that moves rows between tiers, lets heads compete, chooses by a rule, turns keys or scores by more than observed columns.
   init?(_ policy: any CompressionPolicy) {
     guard policy.tiers.count == 1, let scorer = policy.scorer as? any RowScorer,
       policy.allocator is UniformAllocator, let router = policy.router as? TopKRouter, router.others == .dropped,
-      router.rule == nil
+      router.rule == nil, policy.positions != .rerotate
     else { return nil }
     self.scorer = scorer
     protection = router.protection

@@ -58,6 +58,10 @@ extension KVCache {
           + "\(layers.count) layers of \(policy.tiers.count)")
     }
     for state in layers {
+      guard state.cascade == nil else {
+        throw KVError(
+          .wrongPhase, "a cache is saved before any or after all layers' prompts are finished", layer: state.layer)
+      }
       guard state.shape.isSavable else {
         throw KVError(
           .unsupported,

@@ -36,6 +36,10 @@ public final class KVCache {
   /// Which of all queries the policy looks at.
   package let probes: ProbeQueries?
   package let queriesWhileDecoding: Bool
+  /// Whether anything looks at scores after the prompt.
+  package let scoresWhileDecoding: Bool
+  /// Whether what was observed of attention is kept after the prompt.
+  package let observesWhileDecoding: Bool
   /// Whether the policy asks for queries of prompts alone.
   package let queriesOfPromptsOnly: Bool
   /// Whether the attention kernel adds straight into the observer's column.
@@ -88,8 +92,9 @@ public final class KVCache {
     windowQueries = needed.windowQueries
     queriesOfPromptsOnly = !needed.queriesWhileDecoding
     probes = needed.probes
-    queriesWhileDecoding =
-      (needed.queriesWhileDecoding || probes != nil) && policy.schedule.decodeInterval != nil
+    scoresWhileDecoding = policy.router.readsScoresWhileDecoding || policy.allocator.readsScoresWhileDecoding
+    observesWhileDecoding = scoresWhileDecoding && policy.schedule.decodeInterval != nil
+    queriesWhileDecoding = (needed.queriesWhileDecoding || probes != nil) && observesWhileDecoding
     sumsInPlace = needed.observer is AttentionSum
     inPlace = InPlaceEviction(policy)
     cachedLayers = shape.layers.count(where: \.cached)
@@ -102,6 +107,9 @@ public final class KVCache {
       for factory in tier.factories { try factory.validate(backend: backend) }
     }
     if let observer = policy.inputs.observer { try backend.require(observer) }
+    if policy.positions == .rerotate, !backend.turnsKeys {
+      throw KVError(.unsupported, "\(policy.spec) turns keys in the cache, which \(backend.name) does not do")
+    }
   }
 
   package static func check(
@@ -152,14 +160,15 @@ public final class KVCache {
         "\(policy.spec) needs attention weights; the engine supplies none. Attend through the cache, or pass "
           + "inputs: .attentionWeights and call observe(layer:attention:) for every append")
     }
-    if policy.positions == .slot {
+    if policy.positions != .keep {
       guard let rotary = shape.rotary else {
         throw KVError(
           .missingInput,
-          "\(policy.spec) counts positions in slots, which turns queries; give ModelShape the rotary embedding")
+          "\(policy.spec) counts positions in rows, which turns queries or keys; give ModelShape the rotary embedding")
       }
       try rotary.requireStatic()
     }
+    if policy.positions == .rerotate { try checkTurning(policy) }
     if needed.rotary {
       guard let rotary = shape.rotary else {
         throw KVError(
@@ -189,6 +198,25 @@ public final class KVCache {
         throw KVError(
           .shapeMismatch, "rotary embedding of \(rotary.headDim) channels for keys of \(layer.keyDim)",
           layer: index)
+      }
+    }
+  }
+
+  /// Refuses what would turn keys that are not dense.
+  private static func checkTurning(_ policy: any CompressionPolicy) throws(KVError) {
+    guard policy.tiers.count == 1, !policy.router.merges else {
+      throw KVError(.unsupported, "\(policy.spec) turns keys: rows then stay in one tier and are not merged")
+    }
+    let again = policy.schedule.decodeInterval != nil || policy.schedule.afterPrefillChunks
+    for factory in policy.tiers[0].factories {
+      switch factory.keyTurning {
+      case .always: continue
+      case .whileDense where !again: continue
+      default:
+        throw KVError(
+          .unsupported,
+          "\(policy.spec) turns keys \(again ? "again and again" : "after the prompt"), which \(policy.tiers[0].spec.name) "
+            + "does not hold dense then; choose after the prompt alone, or store keys dense")
       }
     }
   }

@@ -33,6 +33,8 @@ package final class LayerState {
   var routerMemory: [Float] = []
   /// What the last choice of the prompt gave the heads.
   var allocation: EarlierAllocation?
+  /// Its scores, while the prompts of other layers are not finished.
+  var cascade: CascadedScores?
 
   enum Phase: UInt8 { case prefill = 0, decode = 1 }
 
@@ -64,6 +66,7 @@ package final class LayerState {
     outcome = other.outcome
     routerMemory = other.routerMemory
     allocation = other.allocation
+    cascade = other.cascade
   }
 
   func liveRows(head: Int) -> Int { segments.reduce(0) { $0 + $1.liveCount(head: head) } }
@@ -73,6 +76,40 @@ package final class LayerState {
     if let buffer = queryWindow?.buffer { tally.add(buffer, kind: \.state) }
     if let buffer = queryPeaks?.values.buffer { tally.add(buffer, kind: \.state) }
     probeStore?.tally(into: &tally)
+    if let buffer = cascade?.buffer { tally.add(buffer, kind: \.state) }
+  }
+}
+
+/// The scores of a layer whose prompt is finished before those of others: by them it gives more rows up. Never written,
+/// so forks share them.
+struct CascadedScores {
+  let buffer: Buffer
+  let counts: [Int]
+  let measures: [Double]
+
+  /// - Parameter routing: rows that leave are left out; nil: all stay.
+  init(_ scores: ScoreTable, routing: Routing?, backend: any ComputeBackend) throws(KVError) {
+    var values: [Float] = []
+    var counts: [Int] = []
+    for head in 0..<scores.headCount {
+      let before = values.count
+      for row in 0..<scores.rowCount(head: head) where routing?[head, row] != .dropped {
+        values.append(scores[head, row])
+      }
+      counts.append(values.count - before)
+    }
+    buffer = try backend.allocate(byteCount: values.count * MemoryLayout<Float>.stride, hostVisible: true)
+    buffer.base.assumingMemoryBound(to: Float.self).update(from: values, count: values.count)
+    self.counts = counts
+    measures = scores.measures
+  }
+
+  var table: ScoreTable {
+    var table = ScoreTable(counts: counts)
+    let base = buffer.base.assumingMemoryBound(to: Float.self)
+    for index in table.values.indices { table.values[index] = base[index] }
+    table.measures = measures
+    return table
   }
 }
 

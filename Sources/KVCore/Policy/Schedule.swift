@@ -30,4 +30,8 @@ public enum PositionPolicy: String, Hashable, Sendable, CaseIterable {
   /// Survivors count as neighbours: distances are counted in cached rows (StreamingLLM). Stored keys are not touched;
   /// queries are turned back over every gap, which is exact and works for any store.
   case slot
+  /// Survivors' keys are turned in the cache so that they are neighbours: a row moves later by as many positions as rows
+  /// behind it were dropped. The next token keeps the position ``KVCache/tokensSeen(layer:)``, and distances are those
+  /// of rows numbered from 0. Needs keys that are dense whenever rows are dropped.
+  case rerotate
 }

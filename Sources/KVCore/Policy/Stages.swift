@@ -21,8 +21,17 @@ public protocol Allocator: Sendable {
   /// True when budgets of one layer depend on the others: all layers are then scored before any is compressed. While
   /// decoding, layers still come one by one, with what they got when all were compared in ``AllocationRequest/earlier``.
   var spansLayers: Bool { get }
+  /// Whether layers may finish their prompts one by one: those before then give rows up as later ones come, so that no
+  /// more than the budget of all and one whole layer are ever held. See ``KVCache/finishPrefill(layer:)``.
+  var cascades: Bool { get }
+  /// Rows to keep for the layers whose prompt is finished, in order; the last has just come. What is said of a layer
+  /// later can only be less.
+  func cascade(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]]
   /// Whether rows of this layer may have to go, so that scores are wanted; those of `request` are not made yet.
   func needsScores(_ request: AllocationRequest) -> Bool
+  /// Whether it looks at scores after the prompt. Where neither it nor the router does, nothing is observed or scored
+  /// while decoding.
+  var readsScoresWhileDecoding: Bool { get }
   /// Refuses models it has no numbers for.
   func validate(_ shape: ModelShape) throws(KVError)
   /// Rows to keep, everything included, for each request and KV head. At most the rows there are.
@@ -34,6 +43,9 @@ extension Allocator {
   public func needsScores(_ request: AllocationRequest) -> Bool {
     spansLayers || zip(request.rows, request.budget).contains { $0 > $1 }
   }
+  public var readsScoresWhileDecoding: Bool { true }
+  public var cascades: Bool { false }
+  public func cascade(_ requests: [AllocationRequest]) throws(KVError) -> [[Int]] { try allocate(requests) }
   public func validate(_ shape: ModelShape) throws(KVError) {}
 }
 
@@ -55,6 +67,8 @@ public struct AllocationRequest: Sendable {
   /// What the policy's budget resolves to, per KV head.
   public var budget: [Int]
   public package(set) var scores: ScoreTable
+  /// Whether scores were made: not while decoding where nobody reads them.
+  public package(set) var isScored = true
   /// Rows that must stay whatever their score.
   public let protection: Protection
   /// What was allocated when the prompt was finished. Nil until then.
@@ -106,6 +120,8 @@ public protocol Router: Sendable {
   func validate(_ shape: ModelShape) throws(KVError)
   /// What it looks at beyond keys, values and scores.
   var inputs: RequiredInputs { get }
+  /// Whether it looks at scores after the prompt; see ``Allocator/readsScoresWhileDecoding``.
+  var readsScoresWhileDecoding: Bool { get }
   /// Whether it is asked even when every row fits the budget.
   var routesAlways: Bool { get }
   /// Whether it sends rows into other rows: the stores must be able to hold the result.
@@ -123,6 +139,7 @@ extension Router {
   public func validate(_ shape: ModelShape) throws(KVError) {}
   public var tierCount: Int { 1 }
   public var inputs: RequiredInputs { .none }
+  public var readsScoresWhileDecoding: Bool { true }
   public var routesAlways: Bool { false }
   public var merges: Bool { false }
   public func tierRows(kept: Int, of tokens: Int, layer: Int, head: Int) -> [Int] { [kept] }

@@ -19,6 +19,8 @@ public struct TopKRouter: Router {
 
   public func validate(_ shape: ModelShape) throws(KVError) { try rule?.validate(shape) }
 
+  public var readsScoresWhileDecoding: Bool { rule?.readsScoresWhileDecoding ?? true }
+
   public var tierCount: Int { others == .dropped ? 1 : Int(others.rawValue) + 1 }
 
   public func tierRows(kept: Int, of tokens: Int, layer: Int, head: Int) -> [Int] {
@@ -61,11 +63,14 @@ public struct TopKRouter: Router {
 public protocol SelectionRule: Sendable {
   /// Refuses models it has no numbers for. Called once, by the cache.
   func validate(_ shape: ModelShape) throws(KVError)
+  /// Whether it looks at scores after the prompt.
+  var readsScoresWhileDecoding: Bool { get }
   /// Sends exactly `splits[h].chosen` of the candidates of head h to tier 0; they arrive sent elsewhere. Cannot fail.
   func choose(_ layer: LayerView, scores: ScoreTable, splits: [BudgetSplit], into routing: inout Routing)
 }
 
 extension SelectionRule {
+  public var readsScoresWhileDecoding: Bool { true }
   public func validate(_ shape: ModelShape) throws(KVError) {}
 }
 

@@ -373,6 +373,7 @@ package struct RowFormat: SegmentFactory, Hashable {
   }
 
   package var merging: MergingSides? { MergingSides(keys: keys, values: values) }
+  package var keyTurning: KeyTurning { keys.body == nil ? .always : .whileDense }
 
   package func validate(layer: LayerShape) throws(KVError) {
     try keys.validate(dim: layer.keyDim, of: "keys")

@@ -90,6 +90,12 @@ package protocol Segment: AnyObject {
   ///   `SegmentFactory.merging` is nil.
   func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) -> () -> Void
 
+  /// Turns the keys of some slots of every head by positions. Everything is computed, and checked against what will hold
+  /// it, before the first key changes.
+  ///
+  /// - Throws: `unsupported` for keys that are encoded, `unrepresentable`, `outOfMemory`.
+  func turnKeys(_ heads: [[SlotTurn]], rotary: RotaryEmbedding) throws(KVError)
+
   func tally(into tally: inout ByteTally)
   /// A segment with the same rows that shares what is frozen.
   func fork() -> any Segment
@@ -121,9 +127,32 @@ extension Segment {
   package func drop(head: Int, slot: Int) { preconditionFailure("this representation drops by lists") }
   package func count(head: Int, slot: Int) -> Int { 1 }
 
+  package func turnKeys(_ heads: [[SlotTurn]], rotary: RotaryEmbedding) throws(KVError) {
+    throw KVError(.unsupported, "keys of this store cannot be turned")
+  }
+
   package func merge(_ heads: [HeadMerges], head numbers: [Int]) throws(KVError) -> () -> Void {
     throw KVError(.unsupported, "rows of this store cannot take others in")
   }
+}
+
+/// Neighbouring slots of a head whose keys move later by as many positions.
+package struct SlotTurn: Hashable {
+  package var slots: Range<Int>
+  package var by: Int
+
+  package init(slots: Range<Int>, by: Int) {
+    self.slots = slots
+    self.by = by
+  }
+}
+
+/// When a representation can turn the keys it holds.
+package enum KeyTurning {
+  case never
+  /// Until they are encoded, when a prompt is complete.
+  case whileDense
+  case always
 }
 
 /// Slots of one head that take other rows in.
@@ -161,6 +190,8 @@ package protocol SegmentFactory: Sendable {
   func makeSegment(layer: LayerShape, backend: any ComputeBackend) -> any Segment
   /// What will hold rows that are replaced by weighted sums; nil: they cannot be.
   var merging: MergingSides? { get }
+  /// When keys can be turned.
+  var keyTurning: KeyTurning { get }
   /// Refuses shapes the representation cannot hold.
   func validate(layer: LayerShape) throws(KVError)
   /// The same representation of rotated keys and values (nil: that side as it is).
@@ -194,6 +225,7 @@ extension Segment {
 
 extension SegmentFactory {
   package var merging: MergingSides? { nil }
+  package var keyTurning: KeyTurning { .never }
 
   package func rotated(keys: Rotation?, values: Rotation?) throws(KVError) -> any SegmentFactory {
     throw KVError(.unsupported, "this store does not hold rows that could be rotated")

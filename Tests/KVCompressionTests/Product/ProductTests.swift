@@ -8,7 +8,7 @@ import Testing
   /// Small values for the options methods commonly have.
   static let small: [String: [String]] = [
     "budget": ["24", "0.4"], "window": ["5"], "kernel": ["3"], "sinks": ["2"], "residual": ["32"],
-    "bits": ["2", "4", "8"], "type": ["f32", "f16", "bf16"], "positions": ["keep"],
+    "bits": ["2", "4", "8"], "type": ["f32", "f16", "bf16"], "positions": ["keep"], "policy": ["keep"],
     "lag": ["7"], "rotary": ["false"], "queries": ["6"], "length": ["4"],
     "rank_k": ["0.3"], "rank_v": ["0.6"], "rope": ["post"], "scope": ["layer", "head"],
   ]
@@ -27,10 +27,11 @@ import Testing
     return result.map { $0.isEmpty ? method.name : "\(method.name)(\($0.joined(separator: ",")))" }
   }
 
-  static let selections = PolicyRegistry.standard.methods.filter { $0.role == .selection }.flatMap(texts) + modified + [
-    "kvcrush(budget=24,sinks=2,window=5,block=3,representatives=2,anchor=mean,every=3)",
-    "kvcrush(budget=0.4,sinks=2,window=5,form=paper,share=0.5)",
-  ]
+  static let selections =
+    PolicyRegistry.standard.methods.filter { $0.role == .selection }.flatMap(texts) + modified + [
+      "kvcrush(budget=24,sinks=2,window=5,block=3,representatives=2,anchor=mean,every=3)",
+      "kvcrush(budget=0.4,sinks=2,window=5,form=paper,share=0.5)",
+    ]
   /// Every modifier behind what needs attention of the last queries or behind what needs the weights of all, in turn.
   static let modified = PolicyRegistry.standard.methods.filter { $0.role == .modifier }.flatMap(texts).enumerated()
     .map { ($0.offset % 2 == 0 ? "snapkv(budget=0.4,window=5,kernel=3)+" : "h2o(budget=24)+") + $0.element }

@@ -173,7 +173,8 @@ import Testing
     "prefixkv(budget=0.4)", "adapyramidkv(budget=0.4,window=5,every=2)",
     "chunkkv(budget=0.4,window=5,length=4,every=3)",
     "criticalkv(budget=0.4,window=5,every=2)", "expected(budget=0.4,queries=8,rotary=false,every=2)",
-    "kvcrush(budget=0.4,sinks=1,window=2,block=3,every=3)", "lagkv(budget=0.6,lag=6,every=1)", "keydiff(budget=0.4,every=1)", "random(budget=0.4,every=1)",
+    "kvcrush(budget=0.4,sinks=1,window=2,block=3,every=3)", "lagkv(budget=0.6,lag=6,every=1)",
+    "keydiff(budget=0.4,every=1)", "random(budget=0.4,every=1)",
   ])
   func interleavedSequences(text: String) throws {
     let shape = Geometry(4, 2, 16).shape(layers: 2)

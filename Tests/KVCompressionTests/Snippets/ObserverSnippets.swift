@@ -14,7 +14,8 @@ import Testing
       try .kvCrush(budget: .tokens(1024), rule: RepresentativeRule(block: 16, share: 0.5, anchor: .mean)),
       store: .dense(.f16))
     let represented = Policy(try .h2o(budget: .fraction(0.25)).crush(), store: .dense(.f16))
-    for policy in [tova, lazy, decoding, scissors, cake, crush, represented] {
+    let turned = Policy(try .snapKV(budget: .fraction(0.25)).positioned(.rerotate), store: .dense(.f16))
+    for policy in [tova, lazy, decoding, scissors, cake, crush, represented, turned] {
       #expect(try PolicyRegistry.standard.policy(policy.spec).spec == policy.spec)
     }
   }
