@@ -91,6 +91,7 @@ extension KVCache {
     for plan in plans {
       scores.append(try CascadedScores(plan.scores, routing: plan.routing, backend: backend.operations))
     }
+    for plan in plans { try checkRanges(plan) }
     try calibrate(state)
     for (plan, scores) in zip(plans, scores) {
       try apply(plan, moreToCome: false)
