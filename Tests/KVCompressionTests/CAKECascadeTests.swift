@@ -109,7 +109,7 @@ import Testing
     // Queries that nobody showed: nothing has changed.
     try traffic.append(cache, 1, 0..<Self.tokens)
     let before = try cache.rows(layer: 0, head: 0)
-    expectError(.missingInput, "newest queries", layer: 1) { try cache.finishPrefill(layer: 1) }
+    expectError(.missingInput, "not observed", layer: 1) { try cache.finishPrefill(layer: 1) }
     #expect(try cache.rows(layer: 0, head: 0) == before && cache.rowsHeld(layer: 1, head: 0) == Self.tokens)
 
     for text in ["cake(cascade=false)", "prefixkv", "cake+schedule(over=900)"] {

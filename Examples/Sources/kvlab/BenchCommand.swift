@@ -16,6 +16,10 @@ struct BenchCommand: ParsableCommand {
       two-layers     attention of 1 new token over both layers of a pair that shares directions, against two dense ones
       append         appending blocks of 1024 tokens to a cache in use; bytes are those of the f32 input
       snapkv-score   SnapKV's scores of a prompt of 32768; snapkv-finish adds choosing and moving what stays
+      evict-score    scores of a prompt of 32768; evict-select: which rows stay; evict-move: bringing them there. Bytes \
+      are those of its keys, so that the share of the read bandwidth is one read of the keys over the time
+      decode         one decoded token with all of 32768 rows, and with a half to a twentieth of them
+      prefill        a prompt of 8192 in chunks of 512 through one KV head, plain and with H2O's sums
       h2o-step       one decoded token with a full budget: append, attend, add up the attention, drop
 
       attend-b16     with --backend cuda: one new token of 16 sequences in one call
