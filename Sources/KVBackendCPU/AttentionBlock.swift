@@ -151,7 +151,16 @@ struct RowAttention {
       // Rows no query of the block sees weigh nothing.
       let maxima = kept.maxima + (keptOffset + block.lowerBound) / blockRows * m
       for row in 0..<m { maxima[row] = -.infinity }
-      for row in 0..<m { (target + row * stride).update(repeating: 0, count: block.count) }
+      let (before, after) = (visible.lowerBound - block.lowerBound, block.upperBound - visible.upperBound)
+      for row in 0..<m {
+        let line = target + row * stride
+        if visible.isEmpty {
+          line.update(repeating: 0, count: block.count)
+        } else {
+          line.update(repeating: 0, count: before)
+          (line + block.count - after).update(repeating: 0, count: after)
+        }
+      }
     }
     if visible.isEmpty { return }
     let offset = visible.lowerBound - block.lowerBound

@@ -57,7 +57,10 @@ import Testing
   }
 
   /// The eviction in place of decoding chooses as the plan does.
-  @Test(arguments: [("h2o(heavy=5,recent=4)", 1), ("h2o(budget=9,normalised=true)", 1), ("tova(budget=9,recent=2)", 2)])
+  @Test(arguments: [
+    ("h2o(heavy=5,recent=4)", 1), ("h2o(budget=9,normalised=true)", 1), ("tova(budget=9,recent=2)", 2),
+    ("h2o(heavy=5,recent=4,every=13)", 2), ("tova(budget=9,every=20)", 2), ("lazy(budget=24,window=12,alpha=0.3)", 1),
+  ])
   func inPlaceAndPlannedEvictionAgree(text: String, heads: Int) throws {
     let selection = try PolicyRegistry.standard.policy(text).selection
     // A store that drops by lists: its rows leave the dense window at once.

@@ -14,8 +14,8 @@ package struct InPlaceEviction {
   }
 }
 
-/// Decoding in steady state: every head is a row or a few over its budget. The lowest scores are found in the columns
-/// and their slots marked dead: no view, no plan, no allocation; memory is compacted every so many rows.
+/// Decoding in steady state: every head is some rows over its budget. The lowest scores are found in the columns and their
+/// slots marked dead: no view, no plan, no allocation; memory is compacted every so many rows.
 extension KVCache {
   /// Rows over the budget up to which looking for the lowest one by one is worth it.
   private static let fewRows = 8
@@ -32,9 +32,7 @@ extension KVCache {
       let live = segment.liveCount(head: head)
       before = max(before, live)
       if let trigger, live <= resolve(trigger, state, head: head, tokens: state.seen) { continue }
-      let over = live - resolve(policy.budget, state, head: head, tokens: state.seen)
-      if over > KVCache.fewRows { return false }
-      excess = max(excess, over)
+      excess = max(excess, live - resolve(policy.budget, state, head: head, tokens: state.seen))
     }
     if inPlace.scorer.sharedByHeads, !headsAreAlike(segment) { return false }
     if excess <= 0 {
@@ -129,6 +127,9 @@ extension KVCache {
     let split = protection.split(kept: columns.live - excess, of: columns.live)
     let first = columns.slot(ofRow: split.sinks)
     let end = columns.slot(ofRowFromEnd: split.window)
+    if excess > KVCache.fewRows {
+      return drop(excess, head, segment, scores: scores, among: first..<end)
+    }
     for _ in 0..<excess {
       // Dropping may give the head its first log bias.
       let bias = segment.observed(head: head).bias
@@ -136,6 +137,30 @@ extension KVCache {
         scores + first, bias: bias.map { $0 + first }, count: end - first)
       if index < 0 { return }
       segment.drop(head: head, slot: first + index)
+    }
+  }
+
+  /// The same for many rows: a threshold instead of one search each. Of equal scores the later go.
+  private func drop(
+    _ excess: Int, _ head: Int, _ segment: any Segment, scores: UnsafeMutablePointer<Float>, among slots: Range<Int>
+  ) {
+    let live = candidates.floats(slots.count)
+    var count = 0
+    for slot in slots where segment.isLive(head: head, slot: slot) {
+      live[count] = scores[slot]
+      count += 1
+    }
+    if count == 0 { return }
+    let threshold = nthSmallest(min(excess, count), of: live, count: count)
+    var equal = min(excess, count)
+    for slot in slots where segment.isLive(head: head, slot: slot) && scores[slot] < threshold { equal -= 1 }
+    for slot in slots.reversed() where segment.isLive(head: head, slot: slot) {
+      if scores[slot] == threshold, equal > 0 {
+        equal -= 1
+        segment.drop(head: head, slot: slot)
+      } else if scores[slot] < threshold {
+        segment.drop(head: head, slot: slot)
+      }
     }
   }
 }

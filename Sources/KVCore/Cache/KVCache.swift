@@ -51,6 +51,8 @@ public final class KVCache {
   package var seed: [Float] = []
   /// The weights of the step in work, for observers that fold.
   package let stepWeights = Workspace()
+  /// Scores among which many rows are dropped at once.
+  let candidates = Workspace()
 
   /// An empty cache.
   ///

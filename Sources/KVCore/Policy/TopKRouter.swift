@@ -172,6 +172,34 @@ private func nthLargest(_ rank: Int, of values: ArraySlice<Float>) -> Float {
   return work[target]
 }
 
+/// The value that is `rank`-th when sorted ascending, 1-based. Reorders `work`.
+func nthSmallest(_ rank: Int, of work: UnsafeMutablePointer<Float>, count: Int) -> Float {
+  var low = 0
+  var high = count - 1
+  while low < high {
+    let pivot = medianOfThree(work[low], work[(low + high) / 2], work[high])
+    var i = low
+    var j = high
+    while i <= j {
+      while work[i] < pivot { i += 1 }
+      while work[j] > pivot { j -= 1 }
+      if i <= j {
+        (work[i], work[j]) = (work[j], work[i])
+        i += 1
+        j -= 1
+      }
+    }
+    if rank - 1 <= j {
+      high = j
+    } else if rank - 1 >= i {
+      low = i
+    } else {
+      break
+    }
+  }
+  return work[rank - 1]
+}
+
 private func medianOfThree(_ a: Float, _ b: Float, _ c: Float) -> Float {
   max(min(a, b), min(max(a, b), c))
 }

@@ -7,6 +7,7 @@ import Testing
   @Test(arguments: [
     "f32", "f16", "bf16", "kivi(bits=8)", "kivi(bits=4)", "kivi(bits=2)", "snapkv(budget=128,window=16)",
     "h2o(budget=128)", "h2o(budget=128,normalised=true)", "tova(budget=128)", "lazy(budget=128,window=8,alpha=0.001)",
+    "lazy(budget=128,window=32,alpha=0.001)", "h2o(budget=128)+schedule(every=16)",
     "snapkv(budget=128,window=16)+schedule(over=4096,every=1)",
   ])
   func decodingAllocatesNothing(text: String) throws {
