@@ -65,7 +65,7 @@ package final class Benchmark {
 
   /// - Throws: what caches throw; a failed check is no error but a record with `checked` false.
   package func run() throws(KVError) {
-    progress.begin(steps: options.threads.count * (options.contexts.count + 5))
+    progress.begin(steps: options.threads.count * (options.contexts.count + 8))
     defer { progress.end() }
     for threads in options.threads {
       let backend = try options.backend.backend(threads: threads)
@@ -84,6 +84,12 @@ package final class Benchmark {
       try appending(machine)
       progress.advance("SnapKV, \(threads) threads")
       try snapKV(machine)
+      progress.advance("choosing, \(threads) threads")
+      try choosing(machine)
+      progress.advance("decoding, \(threads) threads")
+      try decoding(machine)
+      progress.advance("prefill with statistics, \(threads) threads")
+      try prefill(machine)
       for tokens in [4096, 32768] {
         progress.advance("H2O, \(tokens) rows, \(threads) threads")
         try h2o(rows: tokens, machine)
