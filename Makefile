@@ -1,14 +1,14 @@
 # make test    set-up, then every test                      make docs     the DocC catalogue into out/docs
 # make demo    compare policies on the packaged model       make lint     style, reported
 # make bench   the benchmark, JSON lines into out/          make format   style, applied
-# make ptx     the CUDA kernels, compiled by NVRTC
+# make ptx     the CUDA kernels, compiled by NVRTC        make device-test  what a machine with a card runs
 #
 # QUICK=1 shortens demo and bench. POLICIES, CONTEXT, MODEL and TEXT choose what demo compares.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs ptx lint format clean
+.PHONY: device-test help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs ptx lint format clean
 
 SWIFT ?= swift
 OUT ?= out
@@ -87,6 +87,10 @@ docs: setup
 # Needs no GPU: NVRTC comes from the Python environment, or for this one run from its package.
 ptx:
 	@python3 .ci/ptx
+
+# A folder that runs on a machine with a card and nothing else: kvlab, the libraries it needs, and a script.
+device-test: setup
+	@.ci/device-test
 
 lint:
 	@$(SWIFT) format lint --strict --parallel --recursive --configuration .swift-format $(SWIFT_SOURCES)
