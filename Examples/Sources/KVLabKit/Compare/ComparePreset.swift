@@ -98,6 +98,7 @@ package enum ComparePreset: String, Sendable, CaseIterable {
       // Rows that stay alone must leave room for runs.
       ratios.map { "\(method.name)(budget=\($0),heavy=\($0 / 4),recent=\($0 / 4))" }
     case .selection: selection(method, ratios)
+    case .storeModifier: ["f16+\(method.name)", "kivi(bits=4)+\(method.name)"]
     default: []
     }
   }
