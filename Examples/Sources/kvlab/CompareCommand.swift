@@ -24,6 +24,8 @@ struct CompareCommand: ParsableCommand {
       the question is known; the question then arrives as one chunk. needleAccuracyQueryAware: the question is part of \
       the prompt. Digits are teacher-forced, which for whole codes is the same as greedy decoding. Each text holds --notes \
       codes; oneNeedleAccuracy and oneNeedleAccuracyQueryAware are for texts that hold one
+      keys/best, values/best  of low-rank stores: relative error of the prompt's restored rows, and the least that as many \
+      latent channels could have
       rowsPerHead        rows that heads hold after the last token: least, mean and most over layers and heads. Where \
       they differ, each head's memory is what its own rows need
       *TokensPerSecond   of the model with this cache; compressing counts as prefill
@@ -40,6 +42,8 @@ struct CompareCommand: ParsableCommand {
   var preset: String?
   @Option(help: "Parts of the cache that the selections of a preset keep (default: 0.5,0.25,0.125,0.05).")
   var ratios: String?
+  @Option(help: "Directory with pca.safetensors and cskv.safetensors (kvlab calibrate), for methods of a preset.")
+  var calibrations: String?
   @Option(help: "Prompt tokens of each piece of text (default: 1024).")
   var context: Int?
   @Option(help: "Tokens read one by one after the prompt (default: 256).")
@@ -75,9 +79,9 @@ struct CompareCommand: ParsableCommand {
       options.backend = placing.backend
       try options.validate()
       let backend = try placing.backend.backend(threads: threading.threads)
-      let (chosen, refused) = try choice()
       let directory = try PackagedFiles.model(or: model)
       let engine = try Engine(directory: directory)
+      let (chosen, refused) = try choice(PresetSizes(shape: engine.model.config.shape, options: options))
       let comparison = try Comparison(
         engine: engine, policies: chosen, texts: PackagedFiles.readTexts(at: PackagedFiles.texts(or: text)),
         names: PackagedFiles.names(model: directory), options: options)
@@ -102,9 +106,11 @@ struct CompareCommand: ParsableCommand {
     }
   }
 
-  private func choice() throws(KVError) -> (policies: [NamedPolicy], failures: [PolicyFailure]) {
+  private func choice(_ sizes: PresetSizes) throws(KVError) -> (policies: [NamedPolicy], failures: [PolicyFailure]) {
     guard let preset else {
-      guard ratios == nil else { throw KVError(.invalidOption, "--ratios goes with --preset") }
+      guard ratios == nil, calibrations == nil else {
+        throw KVError(.invalidOption, "--ratios and --calibrations go with --preset")
+      }
       return (
         try NamedPolicy.list(
           policies ?? (quick ? NamedPolicy.quickDefaults : NamedPolicy.defaults).joined(separator: ",")), []
@@ -116,6 +122,7 @@ struct CompareCommand: ParsableCommand {
       throw KVError(.invalidOption, "--preset is one of \(names); got '\(preset)'")
     }
     let kept = try ratios.map { (text) throws(KVError) in try ComparePreset.ratios(text) }
-    return NamedPolicy.attempt(preset.texts(ratios: kept ?? ComparePreset.defaultRatios))
+    return NamedPolicy.attempt(
+      preset.texts(ratios: kept ?? ComparePreset.defaultRatios, sizes: sizes, calibrations: calibrations))
   }
 }

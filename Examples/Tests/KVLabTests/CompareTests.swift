@@ -87,6 +87,44 @@ import Testing
       "\(PolicyFailure.list(refused))")
   }
 
+  /// Ranks of the preset make caches as small as it says, where any rank does.
+  @Test func lowRankPresetsHaveTheirSizes() throws {
+    let engine = try Engine(directory: PackagedFiles.model(or: nil))
+    var options = CompareOptions()
+    options.context = 2048
+    options.decode = 64
+    let shape = engine.model.config.shape
+    let texts = ComparePreset.lowrank.texts(sizes: PresetSizes(shape: shape, options: options))
+    let svd = texts.filter { $0.hasPrefix("svd(") }
+    #expect(svd.count == 5)
+    for (text, ratio) in zip(svd, [2.0, 4, 8, 4, 8]) {
+      let policy = try PolicyRegistry.standard.policy(text)
+      let bytes = try policy.estimate(shape: shape, prompt: 2048, decoded: 64, chunk: options.chunk).total
+      let found = Double(2 * 2112 * shape.elementsPerToken) / Double(bytes)
+      #expect(found >= ratio && found < 1.06 * ratio, "\(text): \(found)")
+    }
+  }
+
+  /// A basis of the prompt is the best there is; the columns appear only then.
+  @Test func errorsOfRestoredRows() throws {
+    let directory = try PackagedFiles.model(or: nil)
+    var options = CompareOptions()
+    options.context = 128
+    options.decode = 4
+    options.samples = 1
+    options.needles = 0
+    let comparison = try Comparison(
+      engine: Engine(directory: directory),
+      policies: NamedPolicy.list("f16,svd(rank_k=0.25,rank_v=full,latents=f32,basis=f32)"),
+      texts: PackagedFiles.readTexts(at: PackagedFiles.texts(or: nil)), names: PackagedFiles.names(model: directory),
+      options: options)
+    let records = try comparison.run(NoProgress()).records
+    #expect(records[0].latents.keys == nil && records[1].latents.values == nil)
+    let keys = try #require(records[1].latents.keys)
+    #expect(keys.error > 0 && keys.best > 0 && abs(keys.error / keys.best - 1) < 0.01)
+    #expect(records[1].json.keys.contains("bestKeyError") && CompareRecord.table(records).contains("keys/best"))
+  }
+
   @Test func ratiosAreParts() throws {
     #expect(try ComparePreset.ratios("0.5, 0.1") == [0.5, 0.1])
     for text in ["", "0", "1.5", "0.5,", "half", "nan"] {

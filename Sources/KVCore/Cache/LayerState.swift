@@ -5,7 +5,7 @@ package final class LayerState {
   /// Tokens ever appended: the position of the next one. Not the rows held.
   var seen = 0
   var phase = Phase.prefill
-  var segments: [any Segment]
+  package internal(set) var segments: [any Segment]
   /// Queries of the newest tokens, while the policy needs them.
   var queryWindow: QueryWindow?
   /// The largest magnitudes of the prompt's queries, while a segment waits for them.

@@ -263,6 +263,44 @@ enum Samples {
     }
   }
 
+  /// Bases of the prompt lose what is least, to rounding; calibrated ones at least that.
+  @Test func errorsAgainstTheBest() throws {
+    let shape = try Geometry(4, 2, 16).shape(layers: 4, rotary: true)
+    let traffic = Traffic(shape, tokens: 90)
+    let exact = try makeCache("f32", shape)
+    try traffic.run(exact, prompt: 90)
+    func errors(_ store: Store) throws -> [LatentError] {
+      let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: .cpu(threads: 2))
+      try traffic.run(cache, prompt: 90)
+      return try LatentError.measure(cache, against: exact)
+    }
+    let svd = try errors(.svd(keyRank: .share(0.25), valueRank: .full, latents: .f32, basis: .f32, window: .f32))
+    #expect(svd.map(\.layers) == [[0], [1], [2], [3]] && svd.allSatisfy { $0.side == .keys && $0.rank == 8 })
+    let heads = try errors(
+      .svd(
+        keyRank: .share(0.25), valueRank: .share(0.5), beforeRotation: false, perHead: true, latents: .f32, basis: .f32,
+        window: .f32))
+    #expect(heads.count == 16 && heads.map(\.head).prefix(2) == [0, 1])
+    let xkv = try errors(
+      .xKV(layers: 2, keyRank: .share(0.25), valueRank: .share(0.25), latents: .f32, basis: .f32, window: .f32))
+    #expect(xkv.map(\.layers) == [[0, 1], [0, 1], [2, 3], [2, 3]])
+    for error in svd + heads + xkv {
+      #expect(error.tokens == 90 && error.optimum > 0 && error.optimum < error.energy)
+      #expect(abs(error.error / error.optimum - 1) < 0.02, "\(error)")
+    }
+    let calibrated = try errors(Self.matryoshka(shape, share: 0.5)) + errors(Self.cskv(shape, keys: .share(0.5)))
+    #expect(calibrated.count == 16 + 8)
+    for error in calibrated { #expect(error.error >= error.optimum * 0.9999 - 1e-6, "\(error)") }
+    #expect(try LatentError.measure(exact, against: exact) == [])
+    let short = try makeCache("f32", shape)
+    try traffic.run(short, prompt: 50)
+    let cache = try makeCache("svd(rank_k=4,rank_v=4)", shape)
+    try traffic.run(cache, prompt: 90)
+    expectError(.invalidOption, "lacks this one", layer: 0, head: 0, position: 50) {
+      _ = try LatentError.measure(cache, against: short)
+    }
+  }
+
   /// A text names the file and means its contents; a saved cache loads through it.
   @Test func textsAndSavedCaches() throws {
     let shape = try Geometry(4, 2, 16).shape(layers: 2, rotary: true)

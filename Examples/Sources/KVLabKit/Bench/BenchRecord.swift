@@ -17,8 +17,12 @@ package struct BenchRecord: Sendable {
   package var ratioToF16: Double?
   /// Its median by that of the plain store of the same width, of rotated, divided and tiered ones.
   package var ratioToPlain: Double?
-  /// Whether the result agreed with the portable kernels'.
+  /// Whether the result agreed with the portable kernels', or was as good as it must be.
   package var checked: Bool
+  /// Of all threads together, where that was measured: what a shared machine does not disturb.
+  package var processorSeconds: Double?
+  /// Of a factorisation, over the least there is.
+  package var errorOverBest: Double?
 
   package init(
     name: String, store: String, tokens: Int, queries: Int, threads: Int, seconds: [Double], bytes: Int,
@@ -67,6 +71,8 @@ package struct BenchRecord: Sendable {
       .init("minimumMilliseconds", .number((seconds.min() ?? .nan) * 1e3)),
       .init("meanMilliseconds", .number(seconds.reduce(0, +) / Double(seconds.count) * 1e3)),
       .init("repeats", .integer(seconds.count)),
+      .init("processorMilliseconds", processorSeconds.map { .number($0 * 1e3) } ?? .null),
+      .init("errorOverBest", errorOverBest.map { .number($0) } ?? .null),
     ])
   }
 

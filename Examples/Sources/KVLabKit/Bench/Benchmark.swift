@@ -32,6 +32,9 @@ package final class Benchmark {
       "ggml(keys=q5_1,values=q5_1)",
       "ggml(keys=q4_0,values=q4_0)", "ggml(keys=iq4_nl,values=iq4_nl)",
       "pertoken(bits=4,group=32)", "pertoken(bits=2,group=32)", "cst(bits=4)",
+      // Attention on a quarter of the channels: a basis for each head, and one for all heads.
+      "svd(rank_k=0.25,rank_v=0.25,rope=post,scope=head,new=project,keep=0)",
+      "svd(rank_k=0.25,rank_v=0.25,rope=post,new=project,keep=0)",
     ] + plainForms.keys.sorted()
   /// Rotated, divided and tiered stores, and the plain store of the same width that each is compared with.
   static let plainForms = [
@@ -90,6 +93,8 @@ package final class Benchmark {
       try decoding(machine)
       progress.advance("prefill with statistics, \(threads) threads")
       try prefill(machine)
+      progress.advance("factorisation, \(threads) threads")
+      try factorisation(machine)
       for tokens in [4096, 32768] {
         progress.advance("H2O, \(tokens) rows, \(threads) threads")
         try h2o(rows: tokens, machine)
@@ -149,7 +154,8 @@ package final class Benchmark {
   /// The heads that a check compares: all of a short context, the first and the last of a long one. Where a head's rows
   /// depend on which head it is, all.
   static func checkedHeads(_ store: String, tokens: Int) -> [Int] {
-    let depends = store.hasPrefix("rotatekv") || store.hasPrefix("random")
+    let shared = store.hasPrefix("svd") && !store.contains("scope=head")
+    let depends = shared || store.hasPrefix("rotatekv") || store.hasPrefix("random")
     return depends || tokens <= 8192 ? allHeads : [0, BenchData.shape.kvHeads - 1]
   }
 

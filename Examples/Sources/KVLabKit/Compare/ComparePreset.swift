@@ -8,16 +8,25 @@ package enum ComparePreset: String, Sendable, CaseIterable {
   package static let defaultRatios = [0.5, 0.25, 0.125, 0.05]
 
   /// Policy texts, the ones a method refuses among them.
-  package func texts(ratios: [Double] = defaultRatios) -> [String] {
+  ///
+  /// - Parameters:
+  ///   - sizes: of what is compared; low-rank methods get the ranks that make them so many times smaller. Nil: without
+  ///     bases and windows.
+  ///   - calibrations: a directory with `pca.safetensors` and `cskv.safetensors`.
+  package func texts(
+    ratios: [Double] = defaultRatios, sizes: PresetSizes? = nil, calibrations: String? = nil
+  ) -> [String] {
     switch self {
     case .eviction: ["f16"] + EvictionMethods.all.flatMap { Self.selection($0, ratios) }
     case .quantization: ["f16"] + Self.stores
     case .merging: ["f16"] + MergingMethods.all.flatMap { Self.merging($0, ratios) }
-    case .lowrank: ["f16"] + LowRankMethods.all.flatMap(Self.lowRank)
+    case .lowrank: ["f16"] + LowRankMethods.all.flatMap { Self.lowRank($0, sizes, calibrations) }
     case .all:
       // The full cache is measured once.
       ["f16"]
-        + [Self.eviction, .quantization, .merging, .lowrank].flatMap { $0.texts(ratios: ratios).dropFirst() }
+        + [Self.eviction, .quantization, .merging, .lowrank].flatMap {
+          $0.texts(ratios: ratios, sizes: sizes, calibrations: calibrations).dropFirst()
+        }
     }
   }
 
@@ -103,14 +112,63 @@ package enum ComparePreset: String, Sendable, CaseIterable {
     }
   }
 
-  /// A half, a quarter and an eighth of the channels: 2x, 4x and 8x of the prompt. New tokens become latents too.
-  private static func lowRank(_ method: MethodDescription) -> [String] {
+  /// 2, 4 and 8 times smaller, in f16 and with codes of 4 bits. New tokens become latents too.
+  private static func lowRank(
+    _ method: MethodDescription, _ sizes: PresetSizes?, _ calibrations: String?
+  ) -> [String] {
     guard method.role == .store else { return [] }
-    let rows = "new=project,keep=32"
-    var texts = ["0.5", "0.25", "0.125"].map { "\(method.name)(rank_k=\($0),rank_v=\($0),\(rows))" }
-    // The same sizes from codes of twice the rank and a quarter of the bits.
-    texts += ["0.5", "0.25"].map { "\(method.name)(rank_k=\($0),rank_v=\($0),latents=int4,\(rows))" }
-    return texts
+    let file = calibrations.map { "calibration=\"\($0)/\(method.has("share") ? "pca" : "cskv").safetensors\"," } ?? ""
+    func text(_ share: Double, _ more: String) -> String {
+      let ranks =
+        if method.has("share") {
+          "\(file)share=\(share),step=2,floor=2"
+        } else if method.has("density_k") {
+          "\(file)density_k=\(share),density_v=\(share)"
+        } else {
+          "rank_k=\(share),rank_v=\(share),new=project,keep=32"
+        }
+      return "\(method.name)(\(ranks)\(more))"
+    }
+    return [(2, 1, ""), (4, 1, ""), (8, 1, ""), (4, 3, ",latents=int4"), (8, 3, ",latents=int4")].map {
+      ratio, gain, more in
+      let fitting = sizes?.largestShare(ratio: ratio) { text($0, more) }
+      return text(fitting ?? min(1, gain / ratio), more)
+    }
+  }
+}
+
+/// What a preset's policies are compared on.
+package struct PresetSizes: Sendable {
+  package let shape: ModelShape
+  package let options: CompareOptions
+
+  package init(shape: ModelShape, options: CompareOptions) {
+    self.shape = shape
+    self.options = options
+  }
+
+  /// The largest share of the channels with which the cache is `ratio` times smaller than f16 at the end, by the estimate;
+  /// the least share when none is. Nil for texts that no cache of the model can have.
+  func largestShare(ratio: Double, _ text: (Double) -> String) -> Double? {
+    func fits(_ thousandths: Int) -> Bool? {
+      let tokens = options.context + options.decode
+      guard
+        let policy = try? PolicyRegistry.standard.policy(text(Double(thousandths) / 1000)),
+        (try? KVCache(shape: shape, policy: policy, backend: .cpu(threads: 1))) != nil,
+        let bytes = try? policy.estimate(
+          shape: shape, prompt: options.context, decoded: options.decode, chunk: options.chunk
+        ).total
+      else { return nil }
+      return Double(2 * tokens * shape.elementsPerToken) >= ratio * Double(bytes)
+    }
+    var (low, high) = (8, 1000)
+    guard fits(high) != nil else { return nil }
+    while high - low > 1 {
+      let middle = (low + high) / 2
+      // A text that is refused for its size is too small.
+      if fits(middle) ?? true { low = middle } else { high = middle }
+    }
+    return Double(low) / 1000
   }
 }
 

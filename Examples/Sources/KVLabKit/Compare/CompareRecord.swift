@@ -1,3 +1,5 @@
+package import KVCompression
+
 /// What `kvlab compare` measured of one policy.
 package struct CompareRecord: Sendable {
   /// As it was written.
@@ -26,6 +28,8 @@ package struct CompareRecord: Sendable {
   package var oneNeedleQueryAware: RetrievalScore
   /// Of all layers and samples, after the last token.
   package var rowsPerHead: RowsPerHead
+  /// What latents lost of the prompts' rows.
+  package var latents: RestoredRows
   package var prefillTokensPerSecond: Double
   package var decodeTokensPerSecond: Double
   package var peakCacheBytes: Int
@@ -54,30 +58,77 @@ package struct CompareRecord: Sendable {
       .init("oneNeedleQuestions", .integer(oneNeedle.codes)),
       .init("rowsPerHeadMin", .integer(rowsPerHead.least)), .init("rowsPerHeadMean", .number(rowsPerHead.mean)),
       .init("rowsPerHeadMax", .integer(rowsPerHead.most)),
+      .init("keyError", latents.keys.map { .number($0.error) } ?? .null),
+      .init("bestKeyError", latents.keys.map { .number($0.best) } ?? .null),
+      .init("valueError", latents.values.map { .number($0.error) } ?? .null),
+      .init("bestValueError", latents.values.map { .number($0.best) } ?? .null),
     ])
   }
 
   package static func table(_ records: [CompareRecord]) -> String {
-    var table = TextTable([
-      "policy", "B/token", "ratio", "bits/el", "ppl", "change", "KL", "attn err", "needle", "aware", "1 needle",
-      "1 aware",
-      "prefill/s", "decode/s", "peak", "rows/head",
-    ])
+    // Columns of latents only where there are any.
+    let restored = records.contains { $0.latents.keys != nil || $0.latents.values != nil }
+    var table = TextTable(
+      [
+        "policy", "B/token", "ratio", "bits/el", "ppl", "change", "KL", "attn err", "needle", "aware", "1 needle",
+        "1 aware", "prefill/s", "decode/s", "peak", "rows/head",
+      ] + (restored ? ["keys/best", "values/best"] : []))
     for record in records {
-      table.rows.append([
-        record.policy, Print.fixed(record.bytesPerToken, 0), Print.fixed(record.ratio, 2) + "x",
-        Print.fixed(record.bitsPerElement, 2),
-        Print.fixed(record.perplexity, 2), Print.percent(record.perplexityChange, sign: true),
-        Print.fixed(record.klDivergence, 4), Print.fixed(record.attentionError, 4),
-        Print.percent(record.needles.codeAccuracy, digits: 0),
-        Print.percent(record.needlesQueryAware.codeAccuracy, digits: 0),
-        Print.percent(record.oneNeedle.codeAccuracy, digits: 0),
-        Print.percent(record.oneNeedleQueryAware.codeAccuracy, digits: 0),
-        Print.fixed(record.prefillTokensPerSecond, 0), Print.fixed(record.decodeTokensPerSecond, 0),
-        Print.bytes(record.peakCacheBytes), record.rowsPerHead.text,
-      ])
+      table.rows.append(
+        [
+          record.policy, Print.fixed(record.bytesPerToken, 0), Print.fixed(record.ratio, 2) + "x",
+          Print.fixed(record.bitsPerElement, 2), Print.fixed(record.perplexity, 2),
+          Print.percent(record.perplexityChange, sign: true),
+          Print.fixed(record.klDivergence, 4), Print.fixed(record.attentionError, 4),
+          Print.percent(record.needles.codeAccuracy, digits: 0),
+          Print.percent(record.needlesQueryAware.codeAccuracy, digits: 0),
+          Print.percent(record.oneNeedle.codeAccuracy, digits: 0),
+          Print.percent(record.oneNeedleQueryAware.codeAccuracy, digits: 0),
+          Print.fixed(record.prefillTokensPerSecond, 0), Print.fixed(record.decodeTokensPerSecond, 0),
+          Print.bytes(record.peakCacheBytes), record.rowsPerHead.text,
+        ] + (restored ? [record.latents.keys?.text ?? "", record.latents.values?.text ?? ""] : []))
     }
     return table.text
+  }
+}
+
+/// Errors of restored rows, over all layers and samples: norm of the difference by norm of the rows, and the least that
+/// as many latent channels could have had.
+package struct RestoredRows: Sendable, Hashable {
+  package struct Side: Sendable, Hashable {
+    package var error: Double
+    package var best: Double
+
+    package var text: String { "\(Print.fixed(error, 3))/\(Print.fixed(best, 3))" }
+  }
+
+  private var sums: [Calibration.Side: (error: Double, best: Double, energy: Double)] = [:]
+
+  package init() {}
+
+  package mutating func add(_ errors: [LatentError]) {
+    for error in errors {
+      var sum = sums[error.side] ?? (0, 0, 0)
+      sum.error += error.error
+      sum.best += error.optimum
+      sum.energy += error.energy
+      sums[error.side] = sum
+    }
+  }
+
+  /// Nil where no rows are latents.
+  package var keys: Side? { side(.keys) }
+  package var values: Side? { side(.values) }
+
+  private func side(_ side: Calibration.Side) -> Side? {
+    guard let sum = sums[side], sum.energy > 0 else { return nil }
+    return Side(error: (sum.error / sum.energy).squareRoot(), best: (sum.best / sum.energy).squareRoot())
+  }
+
+  package static func == (a: RestoredRows, b: RestoredRows) -> Bool { a.keys == b.keys && a.values == b.values }
+  package func hash(into hasher: inout Hasher) {
+    hasher.combine(keys)
+    hasher.combine(values)
   }
 }
 

@@ -145,7 +145,7 @@ package struct Comparison {
       perplexity: perplexity, perplexityChange: perplexity / fullPerplexity - 1, klDivergence: tally.divergence.mean,
       attentionError: tally.errors.relativeFrobenius, needles: several.agnostic,
       needlesQueryAware: several.aware, oneNeedle: one.agnostic, oneNeedleQueryAware: one.aware,
-      rowsPerHead: tally.rows,
+      rowsPerHead: tally.rows, latents: tally.latents,
       prefillTokensPerSecond: Double(tally.prefilled) / tally.prefillTime.seconds,
       decodeTokensPerSecond: Double(tally.decoded) / tally.decodeTime.seconds, peakCacheBytes: tally.peak,
       contextTokens: options.context, decodedTokens: tally.decoded)
@@ -160,6 +160,7 @@ package struct Comparison {
     var tokens = 0
     var peak = 0
     var rows = RowsPerHead()
+    var latents = RestoredRows()
     var prefilled = 0
     var decoded = 0
     var prefillTime = Duration.zero
@@ -181,6 +182,7 @@ package struct Comparison {
     tally.prefillTime += start.duration(to: clock.now) - attention.shadowTime
     tally.prefilled += options.context
 
+    tally.latents.add(try attention.latentErrors())
     attention.comparing = true
     for step in 0..<options.decode {
       let shadowBefore = attention.shadowTime

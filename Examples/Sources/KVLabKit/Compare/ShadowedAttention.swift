@@ -48,6 +48,11 @@ final class ShadowedAttention: AttentionProvider {
     try errors.add(output, reference: expected)
   }
 
+  /// What latents lost of the rows so far.
+  func latentErrors() throws(KVError) -> [LatentError] {
+    try LatentError.measure(measured.cache, against: shadow)
+  }
+
   func finishPrefill() throws(KVError) {
     try measured.finishPrefill()
     try shadow.finishPrefill()
