@@ -89,6 +89,11 @@ extension CUDATests {
 
     @Test(arguments: selections)
     func selection(text: String) throws {
+      // Keys that are turned where they lie: refused by name, not yet on the card.
+      if text.hasSuffix("+positions") {
+        #expect { try compare(Self.policy(text, ""), text) } throws: { ($0 as? KVError)?.code == .unsupported }
+        return
+      }
       try compare(Self.policy(text, ""), text)
     }
 
