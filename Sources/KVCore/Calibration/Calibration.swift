@@ -123,6 +123,12 @@ public struct Calibration: Hashable, Sendable {
     return "xxh64-" + String(repeating: "0", count: 16 - digits.count) + digits
   }
 
+  /// Whether `text` has the form of ``checksumText``.
+  package static func isChecksumText(_ text: String) -> Bool {
+    text.hasPrefix("xxh64-") && text.utf8.count == 22
+      && text.utf8.dropFirst(6).allSatisfy { (48...57).contains($0) || (97...102).contains($0) }
+  }
+
   // MARK: Asking for tensors
 
   public func tensor(_ quantity: String, of side: Side, layer: Int) -> Tensor? {

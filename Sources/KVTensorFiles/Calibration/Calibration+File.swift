@@ -136,11 +136,17 @@ public struct NamedCalibration: Hashable, Sendable {
 extension OptionReader {
   /// The calibration that a text names by its path, and by its checksum when it gives one. Nil for the empty path.
   ///
-  /// - Throws: as ``Calibration/init(contentsOf:)``; `invalidOption` when the file is not the one that the text means.
+  /// - Throws: as ``Calibration/init(contentsOf:)``; `invalidOption` when the checksum is none, or the file not
+  ///   the one that the text means.
   package mutating func calibration() throws(KVError) -> NamedCalibration? {
     let path = try string("calibration", default: "")
     offer("checksum")
     let wanted = has("checksum") ? try string("checksum") : nil
+    if let wanted, !Calibration.isChecksumText(wanted) {
+      throw KVError(
+        .invalidOption,
+        "checksum of \(stage.name) must be xxh64- and 16 hexadecimal digits; got \"\(wanted)\"", offset: stage.offset)
+    }
     if path.isEmpty {
       guard let wanted else { return nil }
       throw KVError(
