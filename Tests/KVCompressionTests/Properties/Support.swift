@@ -325,14 +325,15 @@ extension Selection {
 /// 2u·|logit|, exp by 4 ulp, a sum of n weights by n·u; so a weight by a factor 1 ± (2δ + (2n + 32)·u).
 ///
 /// Kernels over affine codes add minima and codes times scales apart (`folded`): a number is then the sum of two, each
-/// up to the largest of its group, and so are the roundings.
+/// up to the largest of its group, and so are the roundings. Where codes use a part of their range only, their distance
+/// from its middle is `codeRange` times as large, and so is what integer kernels round.
 struct Oracle {
   var outputs: [Double] = []
   var bounds: [Double] = []
 
   init(
     _ heads: [HeadContents], _ layer: LayerShape, queries: [Float], tokens: Int, firstPosition: Int,
-    options: AttentionOptions = .init(), folded: Bool = false
+    options: AttentionOptions = .init(), folded: Bool = false, codeRange: Double = 1
   ) throws {
     let reference = AttentionReference(
       scale: options.scale.map(Double.init), causal: options.causal, slidingWindow: layer.slidingWindow,
@@ -378,11 +379,13 @@ struct Oracle {
             for c in 0..<layer.keyDim {
               size +=
                 abs(Double(own[(member * tokens + token) * layer.keyDim + c]))
-                * (abs(Double(heads[head].keys[row * layer.keyDim + c])) + 3 * keyTops[c])
+                * (abs(Double(heads[head].keys[row * layer.keyDim + c])) + 3 * codeRange * keyTops[c])
             }
             delta = max(delta, (Double(layer.keyDim) + 8) * unit * scale * size)
             for c in 0..<layer.valueDim {
-              magnitude[c] += weight * (abs(Double(heads[head].values[row * layer.valueDim + c])) + 3 * valueTops[row])
+              magnitude[c] +=
+                weight
+                * (abs(Double(heads[head].values[row * layer.valueDim + c])) + 3 * codeRange * valueTops[row])
             }
           }
           let factor = 2 * delta + Double(2 * rows + 32) * unit
@@ -420,9 +423,12 @@ extension Traffic {
     let s = shape.layers[layer]
     let held = try (0..<s.kvHeads).map { try cache.read(layer: layer, head: $0) }
     let output = try attend(cache, layer, range, options)
+    // The scale of RotateKV's squared levels at b bits is the range over b^2 - 1: 8-bit codes end at 63.
+    let squared = cache.policy.tiers.contains { "\($0.spec)".contains("squared") }
     try Oracle(
       held, s, queries: queries(layer, range), tokens: range.count, firstPosition: range.lowerBound,
-      options: options ?? cache.attention, folded: cache.policy.tiers.contains { $0.spec.name != "dense" }
+      options: options ?? cache.attention, folded: cache.policy.tiers.contains { $0.spec.name != "dense" },
+      codeRange: squared ? 255 / 63 : 1
     ).check(output, sourceLocation: sourceLocation)
     return output
   }
