@@ -290,13 +290,7 @@ bool ckv_blocks_accumulate(const ckv_run *run, uint32_t first, uint32_t count, c
       float *to = acc + j * acc_stride;
       const uint32_t nq = ckv_min_u32(QUERIES, m - j), row = first + i;
 #define B_CALL(name) values_##name(run, row, n, weights, nq, ld, to, acc_stride, &t)
-      if (run->kind != CKV_GGML) run->code == CKV_INT8 ? B_CALL(int8) : B_CALL(int4);
-      else if (run->code == CKV_Q8_0) B_CALL(q8_0);
-      else if (run->code == CKV_Q5_0) B_CALL(q5_0);
-      else if (run->code == CKV_Q5_1) B_CALL(q5_1);
-      else if (run->code == CKV_Q4_0) B_CALL(q4_0);
-      else if (run->code == CKV_Q4_1) B_CALL(q4_1);
-      else B_CALL(iq4_nl);
+      B_FOR_FORM(run, B_CALL);
 #undef B_CALL
     }
   }

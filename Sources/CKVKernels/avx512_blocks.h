@@ -108,3 +108,15 @@ CKV_INLINE __m512i load2(const uint8_t *a, const uint8_t *b) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)a)),
                             _mm256_loadu_si256((const __m256i *)b), 1);
 }
+
+/* CALL(name) with the name of a run's form, of which every one has a function of its own. */
+#define B_FOR_FORM(run, CALL)                                                                                        \
+  do {                                                                                                               \
+    if ((run)->kind != CKV_GGML) (run)->code == CKV_INT8 ? CALL(int8) : CALL(int4);                                  \
+    else if ((run)->code == CKV_Q8_0) CALL(q8_0);                                                                    \
+    else if ((run)->code == CKV_Q5_0) CALL(q5_0);                                                                    \
+    else if ((run)->code == CKV_Q5_1) CALL(q5_1);                                                                    \
+    else if ((run)->code == CKV_Q4_0) CALL(q4_0);                                                                    \
+    else if ((run)->code == CKV_Q4_1) CALL(q4_1);                                                                    \
+    else CALL(iq4_nl);                                                                                               \
+  } while (0)

@@ -35,9 +35,7 @@ package enum LinearAlgebra {
     for start in stride(from: 0, to: rows, by: block) {
       let count = min(block, rows - start)
       let wide = a[start * columns..<(start + count) * columns].map(Double.init)
-      cblas_dsyrk(
-        CblasRowMajor, CblasUpper, CblasTrans, Int32(columns), Int32(count), 1, wide, Int32(columns), 1, &result,
-        Int32(columns))
+      addGram(wide, rows: count, columns: columns, to: &result)
     }
     for i in 0..<columns { for j in 0..<i { result[i * columns + j] = result[j * columns + i] } }
     return result
