@@ -1,5 +1,6 @@
 internal import CKVKernels
 internal import KVCore
+internal import Synchronization
 
 #if canImport(Glibc)
   internal import Glibc
@@ -34,18 +35,21 @@ struct Factorisation {
   let isParallel: Bool
   let width: Int
   let height: Int
+  private let scratch: CountedScratch
 
   init(_ matrix: RowMatrix, rank: Int, _ options: FactorOptions, _ backend: CPUBackend, isParallel: Bool) {
     self.backend = backend
     self.matrix = matrix
     self.options = options
     self.isParallel = isParallel
+    scratch = CountedScratch(backend.meter)
     width = matrix.width
     height = matrix.height
     self.rank = max(0, min(rank, height, width))
   }
 
   func run() -> Result<Factors, KVError> {
+    defer { scratch.removeAll() }
     do throws(KVError) {
       let mean = options.centred ? columnMeans() : []
       let reader = RowReader(matrix, mean: mean, backend: backend)
@@ -69,8 +73,8 @@ struct Factorisation {
 
   // MARK: Blocks of rows
 
-  /// Rows read at a time: eight megabytes.
-  private var blockRows: Int { max(256, min(2048, (2 << 20) / max(width, 1))) }
+  /// Rows read at a time: eight megabytes, but no more than a sixteenth of all where those are many.
+  private var blockRows: Int { max(256, min(2048, (2 << 20) / max(width, 1), height / 16)) }
 
   /// Calls `body` with every block of rows.
   private func forEachBlock(
@@ -78,7 +82,11 @@ struct Factorisation {
   ) {
     let block = min(blockRows, max(height, 1))
     let memory = UnsafeMutablePointer<Float>.allocate(capacity: max(block * width, 1))
-    defer { memory.deallocate() }
+    scratch.add(floats: block * width)
+    defer {
+      memory.deallocate()
+      scratch.remove(floats: block * width)
+    }
     for first in stride(from: 0, to: height, by: block) {
       let range = first..<min(first + block, height)
       reader.load(range, into: memory, isParallel: isParallel)
@@ -110,15 +118,20 @@ struct Factorisation {
 
   /// Columns of one tile of the Gram matrix.
   private static let tile = 256
+  /// Rows that are held in f64 at a time.
+  private static let widened = 256
 
   private func gramOfColumns(_ reader: RowReader) throws(KVError) -> Factors {
     let wide = width <= Self.tile
     var (values, vectors) = try eigen(gram(reader, wide: wide, done: 0, share: 0.7), size: width)
     if !wide, rank > 0, values[rank - 1] < 1e-6 * values[0] {
       // What f32 sums leave of small directions is noise: once more, in f64.
+      vectors = []
+      scratch.remove(doubles: width * width)
       (values, vectors) = try eigen(gram(reader, wide: true, done: 0.7, share: 0.2), size: width)
     }
     options.progress?(0.9)
+    scratch.add(floats: rank * width)
     var basis = [Float](unsafeUninitializedCapacity: rank * width) { buffer, filled in
       // LAPACK's vectors ascend.
       for i in 0..<rank {
@@ -139,33 +152,35 @@ struct Factorisation {
     let tiles = (n + tile - 1) / tile
     let pairs = (0..<tiles).flatMap { i in (i..<tiles).map { (i, $0) } }
     var gram = [Double](repeating: 0, count: n * n)
+    scratch.add(doubles: n * n)
     gram.withUnsafeMutableBufferPointer { buffer in
       guard let gram = buffer.baseAddress else { return }
+      let widened = wide ? UnsafeMutablePointer<Double>.allocate(capacity: Self.widened * n) : nil
+      if wide { scratch.add(doubles: Self.widened * n) }
+      defer {
+        widened?.deallocate()
+        if wide { scratch.remove(doubles: Self.widened * n) }
+      }
       forEachBlock(reader, done: done, share: share) { x, range in
-        let widened = wide ? UnsafeMutablePointer<Double>.allocate(capacity: range.count * n) : nil
-        defer { widened?.deallocate() }
-        if let widened {
-          each((range.count + 255) / 256) { _, item in
-            for i in item * 256 * n..<min((item + 1) * 256, range.count) * n { widened[i] = Double(x[i]) }
-          }
-        }
-        each(pairs.count) { _, item in
-          let (i, j) = pairs[item]
-          let (a, b) = (i * tile, j * tile)
-          let (m, k) = (min(tile, n - a), min(tile, n - b))
-          let target = gram + a * n + b
-          if let widened {
-            SerialBLAS.add(
-              widened + a, n, transposed: true, widened + b, n, transposed: false, m: m, n: k, k: range.count,
-              to: target, n)
-            return
-          }
-          withUnsafeTemporaryAllocation(of: Float.self, capacity: m * k) { scratch in
-            guard let scratch = scratch.baseAddress else { return }
-            for first in stride(from: 0, to: range.count, by: 1024) {
+        let piece = wide ? Self.widened : 1024
+        for first in stride(from: 0, to: range.count, by: piece) {
+          let rows = min(piece, range.count - first)
+          let x = x + first * n
+          if let widened { for i in 0..<rows * n { widened[i] = Double(x[i]) } }
+          each(pairs.count) { _, item in
+            let (i, j) = pairs[item]
+            let (a, b) = (i * tile, j * tile)
+            let (m, k) = (min(tile, n - a), min(tile, n - b))
+            let target = gram + a * n + b
+            if let widened {
+              SerialBLAS.add(
+                widened + a, n, transposed: true, widened + b, n, transposed: false, m: m, n: k, k: rows, to: target, n)
+              return
+            }
+            withUnsafeTemporaryAllocation(of: Float.self, capacity: m * k) { scratch in
+              guard let scratch = scratch.baseAddress else { return }
               SerialBLAS.multiply(
-                x + first * n + a, n, transposed: true, x + first * n + b, n, transposed: false, m: m, n: k,
-                k: min(1024, range.count - first), into: scratch, k)
+                x + a, n, transposed: true, x + b, n, transposed: false, m: m, n: k, k: rows, into: scratch, k)
               for row in 0..<m {
                 for c in 0..<k { target[row * n + c] += Double(scratch[row * k + c]) }
               }
@@ -181,6 +196,9 @@ struct Factorisation {
   /// Eigenvalues, largest first, and LAPACK's eigenvectors: row n - 1 - i belongs to value i.
   private func eigen(_ matrix: consuming [Double], size n: Int) throws(KVError) -> ([Double], [Double]) {
     var vectors = matrix
+    // What LAPACK's dsyevd works in.
+    scratch.add(doubles: 2 * n * n)
+    defer { scratch.remove(doubles: 2 * n * n) }
     let values = try LinearAlgebra.symmetricEigenvalues(replacing: &vectors, size: n)
     return (values, vectors)
   }
@@ -199,6 +217,8 @@ struct Factorisation {
     let (m, n) = (height, width)
     let x = UnsafeMutablePointer<Float>.allocate(capacity: max(m * n, 1))
     defer { x.deallocate() }
+    scratch.add(floats: m * n + rank * (m + n))
+    scratch.add(doubles: m * m)
     reader.load(0..<m, into: x, isParallel: isParallel)
     var gram = [Double](repeating: 0, count: m * m)
     let strip = 512
@@ -232,6 +252,7 @@ struct Factorisation {
     let l = min(rank + (options.oversampling ?? max(8, rank / 2)), n, height)
     let sketchRows = min(height, max(4 * l, 64))
     var sketch = [Float](repeating: 0, count: sketchRows * n)
+    scratch.add(floats: sketchRows * (n + l) + l * n)
     let energy = fill(&sketch, rows: sketchRows, reader, share: options.passes == 0 ? 0.8 : 0.2)
 
     // The directions of the sketch, by power iterations from random ones.
@@ -245,14 +266,18 @@ struct Factorisation {
       strengths = try orthonormalise(&basis, vectors: l)
     }
     sketch = []
+    scratch.remove(floats: sketchRows * (n + l))
     // All rows.
     for pass in 0..<options.passes {
       let before = basis
       basis = [Float](repeating: 0, count: l * n)
+      let products = min(blockRows, height) * l
+      scratch.add(floats: l * n + products)
+      defer { scratch.remove(floats: l * n + products) }
       let share = 0.75 / Double(options.passes)
       basis.withUnsafeMutableBufferPointer { target in
         guard let target = target.baseAddress else { return }
-        let products = UnsafeMutablePointer<Float>.allocate(capacity: max(min(blockRows, height) * l, 1))
+        let products = UnsafeMutablePointer<Float>.allocate(capacity: max(products, 1))
         defer { products.deallocate() }
         forEachBlock(reader, done: 0.2 + share * Double(pass), share: share) { x, range in
           product(of: x, rows: range.count, with: before, l, into: products)
@@ -347,6 +372,13 @@ struct Factorisation {
   /// no direction left. Returns the singular values.
   private func orthonormalise(_ rows: inout [Float], vectors l: Int) throws(KVError) -> [Double] {
     let n = width
+    // The Gram matrix, weights and a copy of the rows.
+    scratch.add(doubles: 3 * l * l)
+    scratch.add(floats: l * l + l * n)
+    defer {
+      scratch.remove(doubles: 3 * l * l)
+      scratch.remove(floats: l * l + l * n)
+    }
     var (values, vectors) = try eigen(gramOfVectors(rows, l), size: l)
     let strongest = max(values.first ?? 0, 0)
     var weights = [Float](repeating: 0, count: l * l)
@@ -406,5 +438,24 @@ struct Factorisation {
         }
       }
     }
+  }
+}
+
+/// Memory of a factorisation beside the cache, counted where the cache's is: it is there at the peak.
+private final class CountedScratch: Sendable {
+  private let meter: MemoryMeter
+  private let held = Atomic<Int>(0)
+
+  init(_ meter: MemoryMeter) { self.meter = meter }
+
+  func add(floats: Int) { add(floats * MemoryLayout<Float>.stride) }
+  func add(doubles: Int) { add(doubles * MemoryLayout<Double>.stride) }
+  func remove(floats: Int) { add(-floats * MemoryLayout<Float>.stride) }
+  func remove(doubles: Int) { add(-doubles * MemoryLayout<Double>.stride) }
+  func removeAll() { add(-held.load(ordering: .relaxed)) }
+
+  private func add(_ bytes: Int) {
+    held.add(bytes, ordering: .relaxed)
+    if bytes >= 0 { meter.allocated(bytes) } else { meter.released(-bytes) }
   }
 }

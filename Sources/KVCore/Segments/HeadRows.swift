@@ -29,8 +29,17 @@ package struct HeadRows {
     columns.removeLast(count)
   }
 
-  /// Forgets every row of a head without a body. Small memory stays, for the rows to come.
+  /// Forgets the oldest `count` slots of a head without a body or dead slots. Memory goes extent by extent.
+  package mutating func removeFirst(_ count: Int, backend: any ComputeBackend) throws(KVError) {
+    columns = try columns.gathered(Array(count..<columns.count), backend: backend)
+    keys.removeTailFront(count)
+    values.removeTailFront(count)
+  }
+
+  /// Forgets every row of a head without a body: those to come leave as soon. Memory for a few stays.
   package mutating func removeAll() {
+    keys.isSparse = true
+    values.isSparse = true
     keys.removeTailFront(keys.tailRows)
     values.removeTailFront(values.tailRows)
     columns = SlotColumns()

@@ -57,7 +57,8 @@ extension RowStore {
     }
     guard left == 0 else { throw reader.corrupt("expected \(slots) rows; found \(slots - left)") }
     self.init(
-      restoring: extents, bodyExtents: body, dim: dim, format: format, fixedMap: empty.fixedMap, sharedMap: shared)
+      restoring: extents, bodyExtents: body, dim: dim, format: format, fixedMap: empty.fixedMap, sharedMap: shared,
+      isSparse: empty.isSparse)
   }
 
   /// The map of an encoded extent: one that the format allows.

@@ -7,7 +7,7 @@ extension RowStore {
   package func rebuilt(
     physical: [Bool], thawed: [Bool]? = nil, backend: any ComputeBackend
   ) throws(KVError) -> RowStore {
-    var result = RowStore(dim: dim, format: format, fixedMap: fixedMap)
+    var result = RowStore(dim: dim, format: format, fixedMap: fixedMap, isSparse: isSparse)
     result.sharedMap = sharedMap
     var pieces = PieceList()
     var start = 0
@@ -43,7 +43,7 @@ extension RowStore {
   }
 
   private mutating func appendTail(_ pieces: inout PieceList, backend: any ComputeBackend) throws(KVError) {
-    try appendExtents(&pieces, growth: format.growth, backend: backend)
+    try appendExtents(&pieces, growth: isSparse ? 0 : format.growth, backend: backend)
   }
 
   private mutating func appendExtents(

@@ -56,14 +56,22 @@ package struct RowStore {
   /// The map of all rows to come, once its numbers are known, where the format shares them.
   package internal(set) var sharedMap: RowMap?
 
+  /// Whether rows are few and far between: room for an eighth more of them at a time, instead of the format's.
+  package internal(set) var isSparse: Bool
+
   /// - Parameter fixedMap: that of another store of this format and head size; nil: a new one where one is needed.
-  package init(dim: Int, format: SideFormat, fixedMap: RowMap? = nil) {
+  package init(dim: Int, format: SideFormat, fixedMap: RowMap? = nil, isSparse: Bool = false) {
     self.dim = dim
     self.format = format
+    self.isSparse = isSparse
     self.fixedMap = format.map.isNone ? nil : fixedMap ?? RowMap(fixed: FixedMap(format.map, dim: dim))
   }
 
   package var tailRows: Int { rows - bodyRows }
+  /// Rows of room a new dense extent has at least.
+  private var growth: Int { isSparse ? rows == 0 ? 1 : min(format.growth, max(8, rows / 8)) : format.growth }
+  /// Rows of room that an empty store keeps, at most.
+  private var keptRoom: Int { isSparse ? min(format.growth, 8) : format.growth }
 
   // MARK: Appending
 
@@ -84,7 +92,7 @@ package struct RowStore {
     while left > 0 {
       let taken = min(left, RowStore.extentRows(.dense(format.window), dim: dim))
       let extent = try Extent(
-        encoding: .dense(format.window), capacity: max(taken, format.growth), dim: dim, backend: backend)
+        encoding: .dense(format.window), capacity: max(taken, growth), dim: dim, backend: backend)
       targets.append(RunSlice(run: extent.run(dim: dim), first: 0, count: taken))
       extents.append(extent)
       reservedExtents += 1
@@ -289,7 +297,7 @@ package struct RowStore {
       left -= taken
       if extents[bodyExtents].rows > 0 { break }
       let isLast = bodyExtents == extents.count - 1
-      if isLast, extents[bodyExtents].capacity <= format.growth,
+      if isLast, extents[bodyExtents].capacity <= keptRoom,
         isKnownUniquelyReferenced(&extents[bodyExtents].buffer)
       {
         extents[bodyExtents].first = 0
@@ -347,9 +355,9 @@ package struct RowStore {
   /// Rebuilds a store from a saved cache; see `RowStore+Coding.swift`.
   package init(
     restoring extents: ContiguousArray<Extent>, bodyExtents: Int, dim: Int, format: SideFormat,
-    fixedMap: RowMap? = nil, sharedMap: RowMap? = nil
+    fixedMap: RowMap? = nil, sharedMap: RowMap? = nil, isSparse: Bool = false
   ) {
-    self.init(dim: dim, format: format, fixedMap: fixedMap)
+    self.init(dim: dim, format: format, fixedMap: fixedMap, isSparse: isSparse)
     self.sharedMap = sharedMap
     self.extents = extents
     self.bodyExtents = bodyExtents

@@ -109,6 +109,63 @@ import Testing
     }
   }
 
+  /// Rows of a long prompt become latents a piece at a time; what runs out of memory on the way loses none, and goes on
+  /// with the next step.
+  @Test(arguments: [false, true])
+  func piecesOfAPrompt(perHead: Bool) throws {
+    let shape = try Geometry(2, 2, 4).shape(layers: 2, rotary: true)
+    let tokens = 2100
+    let traffic = Traffic(shape, tokens: tokens + 1)
+    let store = Self.store {
+      $0.layersPerGroup = 2
+      $0.perHead = perHead
+    }
+    let short = try ShortBackend()
+    func filled() throws -> KVCache {
+      let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: Backend(short))
+      for layer in 0..<2 {
+        for start in stride(from: 0, to: tokens, by: 700) { try traffic.append(cache, layer, start..<start + 700) }
+      }
+      return cache
+    }
+    func expectRows(_ cache: KVCache, _ count: Int) throws {
+      for layer in 0..<2 {
+        let dim = 4
+        for head in 0..<2 {
+          let rows = try cache.read(layer: layer, head: head)
+          let first = head * (tokens + 1) * dim
+          check(rows.positions == Array(0..<count), "positions")
+          check(Self.worst(rows.keys, Array(traffic.keys[layer][first..<first + count * dim])) < 1e-4, "keys")
+          check(Self.worst(rows.values, Array(traffic.values[layer][first..<first + count * dim])) < 1e-4, "values")
+        }
+      }
+    }
+    let whole = try filled()
+    short.asked = 0
+    try whole.finishPrefill()
+    let asked = short.asked
+    try expectRows(whole, tokens)
+    let segment = try #require(whole.layers[0].segments[0] as? LowRankSegment)
+    #expect(segment.frozen == [tokens, tokens])
+    var partly = 0
+    for left in 0..<asked {
+      let cache = try filled()
+      short.left = left
+      let outcome = Result { () throws(KVError) in try cache.finishPrefill() }
+      short.left = nil
+      guard case .failure(let error) = outcome else { continue }
+      check(error.code == .outOfMemory, "\(error)")
+      try expectRows(cache, tokens)
+      let joint = cache.layers.compactMap { $0.segments[0] as? LowRankSegment }
+      if let frozen = joint.first?.frozen[0], frozen > 0 { partly += 1 }
+      check(cache.bytes.total == cache.backend.memory.liveBytes - whole.bytes.total, "\(left) allocations: bytes")
+      try traffic.step(cache, tokens..<tokens + 1)
+      try expectRows(cache, tokens + 1)
+      check(cache.layers.allSatisfy { ($0.segments[0] as? LowRankSegment)?.frozen[1] ?? 0 >= tokens }, "not resumed")
+    }
+    #expect(partly > 0)
+  }
+
   /// Bytes are the closed form of the method's page: latents once per group, bases once.
   @Test func bytesAreTheClosedForm() throws {
     let shape = ModelShape(

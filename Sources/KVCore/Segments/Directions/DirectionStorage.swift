@@ -51,7 +51,7 @@ package final class DirectionStorage: SharedRows {
     Side(
       directions: RowStore(dim: dim, format: base),
       lengths: Array(repeating: RowStore(dim: 1, format: .dense(format.lengths)), count: layers),
-      exact: Array(repeating: RowStore(dim: dim, format: .dense(base.window)), count: layers))
+      exact: Array(repeating: RowStore(dim: dim, format: .dense(base.window), isSparse: true), count: layers))
   }
 
   func restore(_ heads: [Head]) { self.heads = heads }

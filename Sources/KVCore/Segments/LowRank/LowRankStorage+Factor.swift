@@ -25,10 +25,14 @@ extension LowRankStorage {
     return isKey ? found.keys : found.values
   }
 
-  /// A side without rows: its basis from the file or from these rows, and empty stores.
-  func start(_ windows: [RowSegment], _ counts: [Int], isKey: Bool) throws(KVError) -> Side {
-    if isKey, format.joinedKeys != nil { return Side(isJoined: true, stores: try rowStores(keys: true)) }
-    if !isKey, format.valueRows != nil { return Side(stores: try rowStores(keys: false)) }
+  /// A side without rows: its basis from the file or from these rows, and empty stores. With it a bound on the length of
+  /// a latent row; infinite where none is known.
+  func start(
+    _ windows: [RowSegment], _ counts: [Int], isKey: Bool
+  ) throws(KVError) -> (side: Side, norm: Double) {
+    if isKey, format.joinedKeys != nil { return (Side(isJoined: true, stores: try rowStores(keys: true)), 0) }
+    if !isKey, format.valueRows != nil { return (Side(stores: try rowStores(keys: false)), 0) }
+    var norm = 0.0
     let width = headsPerUnit * dim(isKey: isKey)
     let basis: LatentBasis?
     if let made = calibrated(isKey: isKey) {
@@ -39,8 +43,11 @@ extension LowRankStorage {
       basis = try LatentBasis.make(
         factors, encoders: encoders, type: format.basis, dim: dim(isKey: isKey), headsPerUnit: headsPerUnit,
         backend: backend)
+      norm = .infinity
     } else if let rank = rank(isKey: isKey), isWorthIt(rank, counts, width) {
-      basis = try factor(windows, counts, rank, isKey: isKey)
+      let found = try factor(windows, counts, rank, isKey: isKey)
+      basis = found.basis
+      norm = found.norm
     } else {
       basis = nil
     }
@@ -50,7 +57,7 @@ extension LowRankStorage {
     } else {
       stores = try rowStores(keys: isKey)
     }
-    return Side(basis: basis, stores: stores)
+    return (Side(basis: basis, stores: stores), norm)
   }
 
   /// Whether latents and their basis are fewer numbers than the rows.
@@ -63,13 +70,15 @@ extension LowRankStorage {
 
   private func factor(
     _ windows: [RowSegment], _ counts: [Int], _ rank: Int, isKey: Bool
-  ) throws(KVError) -> LatentBasis {
+  ) throws(KVError) -> (basis: LatentBasis, norm: Double) {
     let scales = format.equalised && layers.count > 1 ? norms(windows, counts, isKey: isKey).map { 1 / $0 } : []
     var options = format.factoring
     options.centred = format.centred
     var factors = try backend.factor(
       (0..<units).map { matrix(windows, unit: $0, rows: counts[$0], isKey: isKey, scales: scales) },
       ranks: counts.map { min(rank, $0) }, options: options)
+    // An orthonormal basis makes no row longer.
+    let norm = factors.map(\.energy).max()?.squareRoot() ?? 0
     var encoders: [[Float]]?
     if !scales.isEmpty {
       // Latents of scaled rows; the basis takes the scale back.
@@ -90,9 +99,10 @@ extension LowRankStorage {
       }
       encoders = weights
     }
-    return try LatentBasis.make(
+    let basis = try LatentBasis.make(
       factors, encoders: encoders, type: format.basis, dim: dim(isKey: isKey), headsPerUnit: headsPerUnit,
       backend: backend)
+    return (basis, norm)
   }
 
   /// Frobenius norm of the rows of each layer; 1 where there is none.
@@ -151,10 +161,29 @@ extension LowRankStorage {
     return room
   }
 
+  /// Refuses latents that their format cannot hold before any row has become one. A basis rounded to its type may make
+  /// rows a little longer.
+  func checkAll(
+    _ side: Side, norm: Double, _ windows: [RowSegment], _ counts: [Int], isKey: Bool
+  ) throws(KVError) {
+    guard let basis = side.basis, norm * 1.01 > Double(largestLatent(isKey: isKey)) else { return }
+    let projections = (0..<units).map { unit in
+      Projection(
+        matrix: matrix(windows, unit: unit, rows: counts[unit], isKey: isKey, scales: []),
+        encoder: basis.encoderRows(unit: unit, backend: backend), mean: basis.meanRow(unit: unit, backend: backend),
+        targets: [])
+    }
+    try check(backend.project(projections), isKey: isKey)
+  }
+
+  private func largestLatent(isKey: Bool) -> Float {
+    let latents = latentFormat(keys: isKey)
+    return min(latents.range(dim: 1).largest, latents.window.largestFinite)
+  }
+
   /// Latents are longer than rows: what a row's type holds need not be enough for them.
   func check(_ results: [ProjectionResult], isKey: Bool) throws(KVError) {
-    let latents = latentFormat(keys: isKey)
-    let limit = min(latents.range(dim: 1).largest, latents.window.largestFinite)
+    let limit = largestLatent(isKey: isKey)
     let largest = results.map(\.largest).reduce(0) { $1 <= $0 ? $0 : $1 }
     guard largest <= limit else {
       throw KVError(

@@ -32,6 +32,8 @@ package final class LowRankStorage: SharedRows {
   package let backend: any ComputeBackend
   /// Nil while nothing was worth factoring.
   package private(set) var sides: (keys: Side, values: Side)?
+  /// Whether rows of the prompt are still to become latents.
+  private var isWaiting = false
 
   package init(
     format: LowRankFormat, layers: [Int], shape: LayerShape, rotary: RotaryEmbedding?, backend: any ComputeBackend
@@ -48,6 +50,7 @@ package final class LowRankStorage: SharedRows {
   package func fork() -> any JointStorage {
     let copy = LowRankStorage(format: format, layers: layers, shape: shape, rotary: rotary, backend: backend)
     copy.sides = sides
+    copy.isWaiting = isWaiting
     return copy
   }
 
@@ -94,22 +97,28 @@ package final class LowRankStorage: SharedRows {
 
   // MARK: Taking rows in
 
-  /// Segments of the group over the dense segments of its layers, which stay as they are.
+  /// Segments of the group over the dense segments of its layers. Their rows become latents with the next call: as long
+  /// as the segments they replace are there, no row gives its memory back.
   package func begin(_ plain: [RowSegment]) throws(KVError) -> [LowRankSegment] {
     var segments: [LowRankSegment] = []
     for rows in plain { segments.append(try LowRankSegment(storage: self, member: segments.count, plain: rows)) }
-    if case .blocks(let count) = format.continuation {
-      try freeze(segments, keeping: 0, atLeast: count, of: count)
-    } else {
-      try freeze(segments, keeping: format.continuation.kept, atLeast: 1, of: 1)
-    }
+    isWaiting = true
     return segments
   }
 
-  /// What a decoded token may have made due.
+  /// The rows of a prompt, then what decoded tokens have made due.
   package func extend(_ segments: [LowRankSegment]) throws(KVError) {
     guard segments.count == layers.count else { return }
     if layers.count > 1 { try compact(segments, eager: false) }
+    if isWaiting {
+      if case .blocks(let count) = format.continuation {
+        try freeze(segments, keeping: 0, atLeast: count, of: count)
+      } else {
+        try freeze(segments, keeping: format.continuation.kept, atLeast: 1, of: 1)
+      }
+      isWaiting = false
+      return
+    }
     switch format.continuation {
     case .raw: return
     case .blocks(let count): try freeze(segments, keeping: 0, atLeast: count, of: count)
@@ -139,36 +148,63 @@ package final class LowRankStorage: SharedRows {
     for segment in segments { try segment.reclaimWindow(eager: true) }
     let counts = due()
     if counts.allSatisfy({ $0 == 0 }) { return }
-    let windows = segments.map(\.window)
-    if case .refresh = format.continuation, let sides {
+    if case .refresh = format.continuation, let sides, !isWaiting {
+      let windows = segments.map(\.window)
       let keys = try refreshed(sides.keys, windows, counts, isKey: true)
       let values = try refreshed(sides.values, windows, counts, isKey: false)
-      try finish(segments, windows, counts) { self.sides = (keys, values) }
+      try finish(segments, windows, counts, isLast: true) { self.sides = (keys, values) }
+      try encode()
     } else {
-      try extendSides(segments, windows, counts)
+      try extendSides(segments, counts)
     }
-    try encode()
+  }
+
+  /// Writes rows behind those that there are, a piece at a time: the rows of a piece give their memory back before the
+  /// next ones become latents. What fails leaves whole pieces, and the rows of the others dense.
+  private func extendSides(_ segments: [LowRankSegment], _ counts: [Int]) throws(KVError) {
+    let piece = pieceRows(counts)
+    if sides == nil {
+      let windows = segments.map(\.window)
+      let (keys, keyNorm) = try start(windows, counts, isKey: true)
+      let (values, valueNorm) = try start(windows, counts, isKey: false)
+      if keys.isPlain, values.isPlain { return }
+      if counts.contains(where: { $0 > piece }) {
+        try checkAll(keys, norm: keyNorm, windows, counts, isKey: true)
+        try checkAll(values, norm: valueNorm, windows, counts, isKey: false)
+      }
+      sides = (keys, values)
+    }
+    var left = counts
+    while left.contains(where: { $0 > 0 }) {
+      let now = left.map { min($0, piece) }
+      for unit in left.indices { left[unit] -= now[unit] }
+      try move(segments, now, isLast: left.allSatisfy { $0 == 0 })
+      try encode()
+    }
+  }
+
+  /// Rows of a piece: what an extent of latents holds, but no more than an eighth of all where those are many.
+  private func pieceRows(_ counts: [Int]) -> Int {
+    let eighth = ((counts.max() ?? 0) / 8 + 1023) / 1024 * 1024
+    let extent = [true, false].flatMap { keys in
+      let latents = latentFormat(keys: keys)
+      let channels = rank(isKey: keys) ?? dim(isKey: keys)
+      return [.dense(latents.window), latents.body].compactMap { encoding in
+        encoding.map { RowStore.extentRows($0, dim: channels) }
+      }
+    }
+    return max(1024, min(eighth, extent.max() ?? 1024))
   }
 
   /// Existing stores are written in place, behind the rows that count: memory that is referred to twice would be copied.
-  private func extendSides(
-    _ segments: [LowRankSegment], _ windows: [RowSegment], _ counts: [Int]
-  ) throws(KVError) {
-    let existed = sides != nil
-    var keys: Side
-    var values: Side
-    if let sides {
-      (keys, values) = sides
-    } else {
-      keys = try start(windows, counts, isKey: true)
-      values = try start(windows, counts, isKey: false)
-    }
-    if keys.isPlain, values.isPlain { return }
+  private func move(_ segments: [LowRankSegment], _ counts: [Int], isLast: Bool) throws(KVError) {
+    guard var (keys, values) = sides else { return }
+    let windows = segments.map(\.window)
     sides = nil
     do throws(KVError) {
       let keyRoom = try write(windows, counts, into: &keys, isKey: true)
       let valueRoom = try write(windows, counts, into: &values, isKey: false)
-      try finish(segments, windows, counts) {
+      try finish(segments, windows, counts, isLast: isLast) {
         for index in keys.stores.indices { keys.stores[index].commit(keyRoom[index][...]) }
         for index in values.stores.indices { values.stores[index].commit(valueRoom[index][...]) }
         sides = (keys, values)
@@ -176,20 +212,20 @@ package final class LowRankStorage: SharedRows {
     } catch {
       for index in keys.stores.indices { keys.stores[index].cancelReservation() }
       for index in values.stores.indices { values.stores[index].cancelReservation() }
-      if existed { sides = (keys, values) }
+      sides = (keys, values)
       throw error
     }
   }
 
   /// Everything else that can fail, then `commit`, then the segments.
   private func finish(
-    _ segments: [LowRankSegment], _ windows: [RowSegment], _ counts: [Int], commit: () -> Void
+    _ segments: [LowRankSegment], _ windows: [RowSegment], _ counts: [Int], isLast: Bool, commit: () -> Void
   ) throws(KVError) {
     var rests: [RowSegment] = []
     for member in segments.indices {
       rests.append(
         try LowRankStorage.withoutFront(
-          windows[member], (0..<shape.kvHeads).map { counts[place(member: member, head: $0).unit] }))
+          windows[member], (0..<shape.kvHeads).map { counts[place(member: member, head: $0).unit] }, isLast: isLast))
     }
     commit()
     for (member, segment) in segments.enumerated() {
@@ -198,14 +234,18 @@ package final class LowRankStorage: SharedRows {
     }
   }
 
-  /// A segment with the rows behind the first `counts[h]` of each head.
-  private static func withoutFront(_ window: RowSegment, _ counts: [Int]) throws(KVError) -> RowSegment {
+  /// A segment with the rows behind the first `counts[h]` of each head: in memory of their own when no more will go.
+  private static func withoutFront(_ window: RowSegment, _ counts: [Int], isLast: Bool) throws(KVError) -> RowSegment {
     if counts.indices.allSatisfy({ counts[$0] == window.slotCount(head: $0) }) {
       return RowSegment(layer: window.layer, format: window.format, backend: window.backend)
     }
     guard let rest = window.fork() as? RowSegment else { return window }
-    try rest.drop(counts.map { Array(0..<$0) })
-    try rest.reclaim(eager: true)
+    if isLast {
+      try rest.drop(counts.map { Array(0..<$0) })
+      try rest.reclaim(eager: true)
+    } else {
+      for head in counts.indices { try rest.heads[head].removeFirst(counts[head], backend: rest.backend) }
+    }
     SharedSegment<LowRankStorage>.clear(rest)
     return rest
   }
