@@ -29,4 +29,5 @@
 
 const ckv_kernels ckv_avx512 = V_TABLE("avx512", logits, accumulate);
 const ckv_kernels ckv_avx512_vnni = V_TABLE("avx512", ckv_logits_vnni, ckv_accumulate_vnni);
+const ckv_kernels ckv_avx512_bf16 = V_TABLE("avx512+bf16", ckv_logits_bf16, ckv_accumulate_bf16);
 #endif

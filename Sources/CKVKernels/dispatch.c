@@ -32,6 +32,15 @@ static bool cpu_has_vnni(void) {
   return cpu_has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & bit_AVX512VNNI);
 }
 
+static bool cpu_has_bf16(void) {
+  uint32_t a, b, c, d;
+  return cpu_has_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+
+const ckv_kernels *ckv_bf16_products(const ckv_kernels *level) {
+  return level == &ckv_avx512_vnni && cpu_has_bf16() ? &ckv_avx512_bf16 : NULL;
+}
+
 size_t ckv_level_count(void) { return 3; }
 
 const ckv_kernels *ckv_level(size_t index) {
@@ -64,6 +73,13 @@ size_t ckv_level_count(void) { return 1; }
 const ckv_kernels *ckv_level(size_t index) { return index == 0 ? &ckv_portable : NULL; }
 bool ckv_level_supported(size_t index) { return index == 0; }
 
+#endif
+
+#if !defined(__x86_64__)
+const ckv_kernels *ckv_bf16_products(const ckv_kernels *level) {
+  (void)level;
+  return NULL;
+}
 #endif
 
 const ckv_kernels *ckv_best(void) {
@@ -110,7 +126,8 @@ static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * s
  *     avx2 does with codes: see there;
  *   avx512 values: for every query row a sum for every code position of whole vectors of words, and 16 of the mins;
  *     the weights of 64 rows for four query rows, a lane for every word (8 bits have most), and where they come from.
- * Kernels take many query rows in blocks or by tiles, so m matters only up to CKV_MANY_QUERIES. */
+ * Kernels take many query rows in blocks or by tiles, so m matters only up to CKV_MANY_QUERIES, but for products of
+ * bf16, which keep all query rows in that form. */
 size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
   size_t padded = round_up(dim, 16), lanes = round_up(((size_t)dim + 3) / 4, 16), few = at_least(m, 1);
   if (few > CKV_MANY_QUERIES) few = CKV_MANY_QUERIES;
@@ -120,6 +137,7 @@ size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
 #if defined(__x86_64__)
   values = at_least(values, at_least(ckv_sums_scratch_floats(dim), ckv_avx2_scratch_floats(dim)));
   values = at_least(values, ckv_blocks_scratch_floats());
+  if (m >= CKV_MANY_QUERIES) values = at_least(values, ckv_bf16_scratch_floats(dim, m));
 #endif
   return at_least(at_least(rows, keys), values);
 }

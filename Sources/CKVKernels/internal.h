@@ -220,6 +220,12 @@ bool ckv_blocks_logits(const ckv_run *run, uint32_t first, uint32_t count, const
 bool ckv_blocks_accumulate(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                            float *acc, size_t acc_stride, float *scratch);
 size_t ckv_blocks_scratch_floats(void);
+extern const ckv_kernels ckv_avx512_bf16; /* VNNI, and products of bf16: see ckv_bf16_products */
+void ckv_logits_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
+                     float scale, float *out, size_t ld, float *scratch);
+void ckv_accumulate_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
+                         float *acc, size_t acc_stride, float *scratch);
+size_t ckv_bf16_scratch_floats(uint32_t dim, uint32_t m);
 #elif defined(__aarch64__)
 extern const ckv_kernels ckv_neon;
 #endif

@@ -156,27 +156,40 @@ extension CPUBackend {
     }
   }
 
-  /// Joins pieces of several heads over keys that lie side by side: they are decoded for all of them at once.
+  /// Joins pieces of several heads that read the same memory: keys side by side are decoded for all of them at once, and
+  /// latents meet the queries of all.
   private func linkSiblings(_ pieces: UnsafeMutableBufferPointer<Piece>, count: Int, _ plan: AttentionPlan) {
     for index in 0..<count where !pieces[index].isLed {
-      guard plan.rows[pieces[index].work].lowRank?.keyChannels != nil else { continue }
+      let work = plan.rows[pieces[index].work]
+      guard let lowRank = work.lowRank, lowRank.keyChannels != nil || work.joinsLatents else { continue }
+      let sequence = plan.sequences[pieces[index].sequence]
+      let m = sequence.tokens * sequence.group
+      var members = 1
       var last = index
       for other in index + 1..<max(count, index + 1) where sharesRows(pieces[index], pieces[other], plan) {
+        if lowRank.keyChannels == nil, (members + 1) * m > LatentSpace.joinedQueries { break }
         pieces[last].sibling = other
         pieces[other].isLed = true
         last = other
+        members += 1
       }
     }
   }
 
   private func sharesRows(_ a: Piece, _ b: Piece, _ plan: AttentionPlan) -> Bool {
-    guard a.sequence == b.sequence, a.first == b.first, a.end == b.end else { return false }
+    guard !b.isLed, a.sequence == b.sequence, a.first == b.first, a.end == b.end else { return false }
     let (one, other) = (plan.rows[a.work], plan.rows[b.work])
-    guard one.kvHead != other.kvHead, other.lowRank?.keyChannels != nil, one.count == other.count,
-      let first = one.keys.first, let second = other.keys.first
-    else { return false }
-    return plan.slices[first].run.base == plan.slices[second].run.base
-      && plan.slices[first].first == plan.slices[second].first
+    guard one.kvHead != other.kvHead, one.count == other.count, sameRows(one.keys, other.keys, plan) else {
+      return false
+    }
+    if one.lowRank?.keyChannels != nil { return other.lowRank?.keyChannels != nil }
+    return other.joinsLatents && one.firstPosition == other.firstPosition && sameRows(one.values, other.values, plan)
+  }
+
+  private func sameRows(_ a: Range<Int>, _ b: Range<Int>, _ plan: AttentionPlan) -> Bool {
+    guard let one = a.first, let other = b.first else { return false }
+    return plan.slices[one].run.base == plan.slices[other].run.base
+      && plan.slices[one].first == plan.slices[other].first
   }
 
   /// The work of linked pieces.
@@ -203,7 +216,12 @@ extension CPUBackend {
         count += 1
         next = piece.sibling
       }
-      attention.addJoined(UnsafeMutableBufferPointer(rebasing: members[..<count]), pieces[index].range, space)
+      let all = UnsafeMutableBufferPointer(rebasing: members[..<count])
+      if plan.rows[pieces[index].work].lowRank?.keyChannels != nil {
+        attention.addJoined(all, pieces[index].range, space)
+      } else {
+        attention.addLatents(all, pieces[index].range, space)
+      }
       for member in 0..<count { members.deinitializeElement(at: member) }
     }
   }

@@ -11,6 +11,15 @@ internal import Synchronization
   internal import Darwin
 #endif
 
+/// What the CPU backend multiplies when many query rows meet rows of f16 or bf16.
+public enum AttentionProducts: String, Sendable, Hashable, CaseIterable {
+  /// Exact rows, f32 products.
+  case f32
+  /// Queries, weights and rows rounded to bf16 (rows of bf16 are so already), as matrix units of other processors do; sums
+  /// are f32. Twice the work a second, for an output that is off by at most 2^-7 of the magnitudes it sums.
+  case bf16
+}
+
 extension Backend {
   /// Computes on the CPU.
   ///
@@ -19,9 +28,19 @@ extension Backend {
   ///     does not depend on it, to the bit.
   ///   - level: `portable`, `avx2`, `avx512` or `neon`; nil: the best this CPU has, or the environment variable
   ///     `KV_CPU_LEVEL`. Between levels results differ by rounding; codes and metadata never differ.
-  /// - Throws: `unavailable` for a level this CPU or build does not have, `invalidOption` for a thread count below 1.
-  public static func cpu(threads: Int? = nil, level: String? = nil) throws(KVError) -> Backend {
-    Backend(try CPUBackend(threads: threads, level: level))
+  ///   - products: `bf16` needs a CPU with AVX-512 BF16, and changes attention of twelve query rows of a KV head at
+  ///     least: prefill, drafts, window scores, several heads over the same latents.
+  /// - Throws: `unavailable` for a level or products this CPU or build does not have, `invalidOption` for a thread count
+  ///   below 1.
+  public static func cpu(
+    threads: Int? = nil, level: String? = nil, products: AttentionProducts = .f32
+  ) throws(KVError) -> Backend {
+    Backend(try CPUBackend(threads: threads, level: level, products: products))
+  }
+
+  /// The products this machine can form.
+  public static var cpuProducts: [AttentionProducts] {
+    AttentionProducts.allCases.filter { $0 == .f32 || ckv_bf16_products(ckv_best()) != nil }
   }
 
   /// The CPU levels this machine can run, best first.
@@ -45,7 +64,7 @@ package final class CPUBackend: ComputeBackend {
 
   package var name: String { "cpu (\(levelName), \(threads) thread\(threads == 1 ? "" : "s"))" }
 
-  package init(threads: Int? = nil, level: String? = nil) throws(KVError) {
+  package init(threads: Int? = nil, level: String? = nil, products: AttentionProducts = .f32) throws(KVError) {
     let wanted = level ?? CPUBackend.environment("KV_CPU_LEVEL")
     if let wanted {
       guard !wanted.utf8.contains(0), let found = ckv_named(wanted) else {
@@ -53,9 +72,9 @@ package final class CPUBackend: ComputeBackend {
           .unavailable,
           "CPU level \(wanted) is not available here; this machine has \(Backend.cpuLevels.joined(separator: ", "))")
       }
-      kernels = found
+      kernels = try CPUBackend.kernels(found, products)
     } else {
-      kernels = ckv_best()
+      kernels = try CPUBackend.kernels(ckv_best(), products)
     }
     levelName = String(cString: kernels.pointee.name)
 
@@ -71,6 +90,19 @@ package final class CPUBackend: ComputeBackend {
       throw KVError(.invalidOption, "threads must lie in 1...1024; got \(resolved)")
     }
     self.threads = resolved
+  }
+
+  private static func kernels(
+    _ level: UnsafePointer<ckv_kernels>, _ products: AttentionProducts
+  ) throws(KVError) -> UnsafePointer<ckv_kernels> {
+    if products == .f32 { return level }
+    guard let found = ckv_bf16_products(level) else {
+      throw KVError(
+        .unavailable,
+        "products of bf16 need a CPU with AVX-512 BF16 and VNNI, and the level avx512; this is "
+          + String(cString: level.pointee.name))
+    }
+    return found
   }
 
   func offsets(of rotary: RotaryEmbedding) -> RotaryOffsets {

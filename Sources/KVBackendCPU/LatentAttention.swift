@@ -5,6 +5,8 @@ internal import KVCore
 struct LatentSpace {
   /// Rows restored at a time: with their latents they stay in the second-level cache.
   static let tileRows = 256
+  /// Query rows of several heads that meet the same latents together, at most.
+  static let joinedQueries = 128
 
   let memory: UnsafeMutablePointer<Float>
   let backend: CPUBackend
@@ -48,7 +50,8 @@ struct LatentSpace {
       let run = slices[slices.index(slices.startIndex, offsetBy: slice)].run
       return joinedFloats(width: run.dim, rows: rows, keyDim: keyDim, members: members)
     }
-    return floats(lowRank, rows: rows, keyDim: keyDim, valueDim: valueDim)
+    let most = work.joinsLatents ? max(rows, min(rows * members, joinedQueries)) : rows
+    return floats(lowRank, rows: most, keyDim: keyDim, valueDim: valueDim)
   }
 
   private static func floats(_ lowRank: LowRankRows, rows m: Int, keyDim: Int, valueDim: Int) -> Int {
@@ -66,6 +69,15 @@ struct LatentSpace {
       _ = layout.take(Int(ckv_scratch_floats(UInt32(max(keyDim, keyRank)), UInt32(max(tileRows, m)))))
     }
     return layout.total
+  }
+}
+
+extension RowsWork {
+  /// Latents of keys and values that stay latents, at positions without gaps and with nothing beside the rows: heads that
+  /// share them differ in their bases only.
+  var joinsLatents: Bool {
+    guard let lowRank, lowRank.keyChannels == nil, lowRank.rotary == nil else { return false }
+    return lowRank.keyBasis != nil && lowRank.valueBasis != nil && positions == nil && bias == nil && score == nil
   }
 }
 
@@ -155,6 +167,75 @@ extension RowAttention {
       }
     }
     space.backend.merge(outer, into: partial, rows: m, dim: valueDim)
+  }
+
+  /// Adds rows `range` of heads that share their latents: one pass over them serves the queries of all.
+  func addLatents(
+    _ members: UnsafeMutableBufferPointer<JoinedMember>, _ range: Range<Int>, _ space: LatentSpace
+  ) {
+    guard let first = members.first, let keyRank = first.work.lowRank?.keyBasis?.capacity,
+      let valueRank = first.work.lowRank?.valueBasis?.capacity
+    else { return }
+    let queries = first.queries
+    let (m, group) = (queries.rows, queries.group)
+    let all = members.count * m
+    var layout = Layout()
+    let shift = space.memory + layout.take(all)
+    let turned = space.memory + layout.take(all * keyRank)
+    let inner = PartialBlock(
+      at: space.memory + layout.take(PartialBlock.floats(rows: all, valueDim: valueRank)), rows: all)
+    let outer = PartialBlock(
+      at: space.memory + layout.take(PartialBlock.floats(rows: m, valueDim: valueDim)), rows: m)
+    let memory =
+      space.memory
+      + layout.take(RowAttention.floats(rows: all, keyDim: max(keyRank, keyDim), valueDim: max(valueRank, valueDim)))
+
+    // By token, then by head, as if all were heads of one group.
+    for (index, member) in members.enumerated() {
+      guard let lowRank = member.work.lowRank, let basis = lowRank.keyBasis else { continue }
+      for token in 0..<queries.tokens {
+        let source = member.queries.base + token * group * keyDim
+        let row = (token * members.count + index) * group
+        withUnsafePointer(to: basis.kernelRun) {
+          kernels.pointee.logits!(
+            $0, 0, UInt32(keyRank), source, UInt32(group), keyDim, 1, turned + row * keyRank, keyRank, scratch)
+        }
+        for own in 0..<group {
+          let product = lowRank.keyMean.map { kernels.pointee.dot!(source + own * keyDim, $0, keyDim) }
+          shift[row + own] = scale * (product ?? 0)
+        }
+      }
+    }
+    inner.clear(rows: all, valueDim: valueRank)
+    var attention = RowAttention(
+      kernels: kernels, plan: plan, keyDim: keyRank, valueDim: valueRank, scale: scale, softcap: softcap,
+      slidingWindow: slidingWindow, rows: all, memory: memory)
+    attention.latent = LatentSpace(memory: space.memory, backend: space.backend)
+    attention.latent?.logitShift = UnsafePointer(shift)
+    let joined = QueryBlock(
+      base: turned, tokens: queries.tokens, group: members.count * group, firstPosition: queries.firstPosition)
+    attention.addRows(first.work, range, joined, inner, nil, 0)
+
+    for (index, member) in members.enumerated() {
+      guard let lowRank = member.work.lowRank, let basis = lowRank.valueBasis else { continue }
+      outer.accumulators.update(repeating: 0, count: m * valueDim)
+      for token in 0..<queries.tokens {
+        let row = (token * members.count + index) * group
+        let target = outer.accumulators + token * group * valueDim
+        withUnsafePointer(to: basis.kernelRun) {
+          kernels.pointee.accumulate!(
+            $0, 0, UInt32(valueRank), inner.accumulators + row * valueRank, UInt32(group), valueRank, target, valueDim,
+            scratch)
+        }
+        for own in 0..<group {
+          outer.maxima[token * group + own] = inner.maxima[row + own]
+          outer.sums[token * group + own] = inner.sums[row + own]
+          guard let mean = lowRank.valueMean, inner.sums[row + own] > 0 else { continue }
+          kernels.pointee.axpy!(target + own * valueDim, mean, inner.sums[row + own], valueDim)
+        }
+      }
+      space.backend.merge(outer, into: member.partial, rows: m, dim: valueDim)
+    }
   }
 
   /// Logits of rows `range`: keys restored from their latents, turned by their distance from the first row of the tile,

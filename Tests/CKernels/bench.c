@@ -233,7 +233,7 @@ static void bench_encoding(const ckv_kernels *k, const float *source) {
 }
 
 int run_bench(const char *name) {
-  const ckv_kernels *k = name ? ckv_named(name) : ckv_best();
+  const ckv_kernels *k = name ? kernels_named(name) : ckv_best();
   static const store_kind kinds[] = {{"f32", CKV_F32, 0},      {"f16", CKV_F16, 0},      {"bf16", CKV_BF16, 0},
                                      {"affine8", CKV_F16, 8}, {"affine4", CKV_F16, 4}, {"affine3", CKV_F16, 3},
                                      {"affine2", CKV_F16, 2}};

@@ -70,6 +70,9 @@ int run_check(const char *name) {
     check_map(p);
     printf("level %s: %ld checks\n", level->name, passed + failed - before);
   }
+  const ckv_kernels *products = kernels_named("bf16");
+  if (products && (!name || strcmp(name, "bf16") == 0)) check_attention_bf16(products);
+  else if (!products) printf("products of bf16: not supported by this CPU, skipped\n");
 #if defined(__x86_64__)
   extern const ckv_kernels ckv_avx512; /* the level without VNNI, which this CPU's table may not be */
   if (ckv_level_supported(0) && (!name || strcmp(name, "avx512") == 0)) check_attention_affine(&ckv_avx512);

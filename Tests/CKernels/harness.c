@@ -5,9 +5,14 @@
 #include <stdio.h>
 #include <string.h>
 
+/* A level; "bf16": the best one with products of bf16. */
+const ckv_kernels *kernels_named(const char *name) {
+  return strcmp(name, "bf16") == 0 ? ckv_bf16_products(ckv_best()) : ckv_named(name);
+}
+
 int main(int count, char **words) {
   const char *level = count > 2 ? words[2] : NULL;
-  if (level && !ckv_named(level)) {
+  if (level && !kernels_named(level)) {
     fprintf(stderr, "level %s is not compiled in or not supported by this CPU\n", level);
     return 2;
   }

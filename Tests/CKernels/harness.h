@@ -21,6 +21,7 @@ static inline uint32_t rng_next(rng *r) {
 /* In [-1, 1). */
 static inline float rng_float(rng *r) { return (float)(int32_t)rng_next(r) * 0x1p-31f; }
 
+const ckv_kernels *kernels_named(const char *name);
 int run_check(const char *level);
 int run_bench(const char *level);
 

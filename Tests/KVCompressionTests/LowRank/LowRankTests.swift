@@ -89,6 +89,34 @@ import Testing
     }
   }
 
+  /// Heads that share latents are attended together, in blocks of at most 128 query rows, and it does not show.
+  @Test(arguments: [
+    ("svd(rank_k=0.3,rank_v=0.4,rope=post)", Geometry(32, 8, 8), [1, 9, 32]),
+    ("svd(rank_k=0.3,rank_v=0.4,rope=post,latents=int8)", Geometry(10, 5, 12, 20), [1, 7]),
+  ])
+  func headsTogether(text: String, geometry: Geometry, counts: [Int]) throws {
+    let shape = try geometry.shape(layers: 1, rotary: true)
+    let traffic = Traffic(shape, tokens: 200)
+    let outputs = try [1, 3].map { threads in
+      let cache = try makeCache(text, shape, backend: .cpu(threads: threads))
+      try traffic.run(cache, prompt: 168)
+      try traffic.append(cache, 0, 168..<200)
+      let held = try (0..<geometry.kvHeads).map { try cache.read(layer: 0, head: $0) }
+      return try counts.map { count in
+        let range = 200 - count..<200
+        let output = try traffic.attend(cache, 0, range, AttentionOptions(commits: false))
+        if threads > 1 { return output }
+        let oracle = try Oracle(
+          held, shape.layers[0], queries: traffic.queries(0, range), tokens: count, firstPosition: 200 - count)
+        let worst = zip(output, oracle.outputs).map { abs(Double($0) - $1) }.max() ?? 0
+        let bound = text.contains("latents=int") ? 2e-3 : 5e-5
+        #expect(output.count == oracle.outputs.count && worst < bound, "\(count) queries: off by \(worst)")
+        return output
+      }
+    }
+    for index in counts.indices { checkSame(outputs[0][index], outputs[1][index], "3 threads") }
+  }
+
   /// Layers that are copies of each other share one set of latents without loss at half the rank.
   @Test func identicalLayersRestoreExactly() throws {
     let shape = try Geometry(2, 1, 16).shape(layers: 2, rotary: true)

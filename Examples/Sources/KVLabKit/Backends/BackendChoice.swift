@@ -3,6 +3,8 @@ package import KVCompression
 /// Which processor caches live on.
 package enum BackendChoice: String, Sendable, Hashable, CaseIterable {
   case cpu
+  /// With products of bf16.
+  case cpuBF16 = "cpu-bf16"
   /// The first NVIDIA card.
   case cuda
 
@@ -11,14 +13,18 @@ package enum BackendChoice: String, Sendable, Hashable, CaseIterable {
   package func backend(threads: Int? = nil) throws(KVError) -> Backend {
     switch self {
     case .cpu: try .cpu(threads: threads)
+    case .cpuBF16: try .cpu(threads: threads, products: .bf16)
     case .cuda: try .cuda()
     }
   }
 
+  /// How far its attention may be from that of the portable kernels, in relation to its length.
+  var tolerance: Double { self == .cpuBF16 ? 0x1p-7 : 1e-4 }
+
   /// What its benchmark divides by.
   func probe(_ backend: Backend) throws(KVError) -> any BandwidthProbe {
     switch self {
-    case .cpu: try ReadBandwidthProbe(backend: backend)
+    case .cpu, .cpuBF16: try ReadBandwidthProbe(backend: backend)
     case .cuda: try CopyBandwidthProbe(backend: backend)
     }
   }

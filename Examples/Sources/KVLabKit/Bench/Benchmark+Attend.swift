@@ -32,7 +32,8 @@ extension Benchmark {
         try attend(cache, layer: 0, queries, count, heads: 8, into: &output)
         let heads = Self.checkedHeads(contestants[index].store, tokens: tokens)
         let reference = try reference(contestants[index].store, tokens, count, heads)
-        contestants[index].checked[count] = Self.agree(Self.part(output, of: heads), reference)
+        contestants[index].checked[count] = Self.agree(
+          Self.part(output, of: heads), reference, within: options.backend.tolerance)
       }
       try time(&contestants, count, queries, &output, machine, &bandwidth)
     }
