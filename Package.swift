@@ -68,7 +68,9 @@ let package = Package(
 
     // For experiments and tests: synthetic caches, dumps, metrics. Uses Foundation; the library above does not.
     .target(
-      name: "KVExperiments", dependencies: ["KVCore", "KVTensorFiles"], swiftSettings: settings),
+      name: "KVExperiments",
+      dependencies: ["KVCore", "KVBackendCPU", "KVTensorFiles", "KVCalibration", "KVCompression"],
+      swiftSettings: settings),
 
     .testTarget(
       name: "KVCoreTests", dependencies: ["KVCore"], swiftSettings: testSettings),
@@ -89,7 +91,9 @@ let package = Package(
     .target(name: "CCUDAEmulation", path: "Tests/CCUDAEmulation"),
     .testTarget(
       name: "KVBackendCUDATests",
-      dependencies: ["KVBackendCUDA", "KVCompression", "KVCore", "KVBackendCPU", "CCUDAEmulation", "CKVCUDA"],
+      dependencies: [
+        "KVBackendCUDA", "KVCompression", "KVExperiments", "KVCore", "KVBackendCPU", "CCUDAEmulation", "CKVCUDA",
+      ],
       swiftSettings: testSettings),
   ],
   swiftLanguageModes: [.v6],

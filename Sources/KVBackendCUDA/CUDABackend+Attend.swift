@@ -5,9 +5,14 @@ internal import Synchronization
 /// Attention of a plan: its descriptions go to the card in one copy, then two to five launches a wave, then what the
 /// engine wants in ordinary memory comes back in one copy.
 extension CUDABackend {
-  package func attend(_ plan: AttentionPlan) throws(KVError) {
-    if plan.sequences.isEmpty { return }
+  package func attend(_ plan: AttentionPlan) throws(KVError) { _ = try attendFinite(plan) }
+
+  package var checksAttention: Bool { true }
+
+  package func attendFinite(_ plan: AttentionPlan) throws(KVError) -> AttentionFault? {
+    if plan.sequences.isEmpty { return nil }
     try session.surviving()
+    var fault: AttentionFault?
     try exclusively { scratch throws(KVError) in
       let staging = plan.sequences.map { sequence in
         let score = sequence.work.lazy.compactMap { plan.rows[$0].score }.first
@@ -16,14 +21,21 @@ extension CUDABackend {
           scores: score.map { !session.accessible($0) } ?? false)
       }
       try describe(plan, staging, &scratch)
-      try run(plan, &scratch, window: nil)
-      try copyOut(plan, &scratch)
+      let found = try scratch.pinned.bytes(Self.faultBytes + scratch.plan.results.count * 4, session)
+      found.initializeMemory(as: UInt64.self, repeating: .max, count: 2)
+      try run(plan, &scratch, window: nil, found: found)
+      fault = copyOut(plan, scratch, found: found, results: found + Self.faultBytes)
     }
     try session.surviving()
+    return fault
   }
+
+  /// Where kernels put on record what is not finite, before the results in pinned memory.
+  static let faultBytes = 256
 
   /// Where the parts of one call lie in the region that is copied, in bytes.
   struct Region {
+    var faults = 0
     var tables = 0
     var slices = 0
     var works = 0
@@ -53,6 +65,7 @@ extension CUDABackend {
       merges = layout.take(plan.merges.count, of: kv_merge.self)
       statistics = layout.take(plan.statistics.count, of: kv_statistic.self)
       partials = layout.take(plan.partials.count, of: UInt64.self)
+      faults = layout.take(2, of: UInt64.self)
       total = layout.total
     }
   }
@@ -74,7 +87,11 @@ extension CUDABackend {
   }
 
   /// Copies the descriptions and queues every launch.
-  func run(_ plan: AttentionPlan, _ scratch: inout Scratch, window: kv_window_rule?) throws(KVError) {
+  ///
+  /// - Parameter found: pinned memory where two places are put on record.
+  func run(
+    _ plan: AttentionPlan, _ scratch: inout Scratch, window: kv_window_rule?, found: UnsafeMutableRawPointer
+  ) throws(KVError) {
     let places = Region(scratch.plan)
     let written = scratch.plan
     let host = try scratch.ring.bytes(places.total, session)
@@ -94,6 +111,9 @@ extension CUDABackend {
     copy(written.merges, to: host + places.merges)
     copy(written.statistics, to: host + places.statistics)
     copy(written.partials, to: host + places.partials)
+    (host + places.faults).initializeMemory(as: UInt64.self, repeating: .max, count: 2)
+    let faults = kv_faults(
+      guard: UInt64(UInt(bitPattern: region + places.faults)), found: UInt64(UInt(bitPattern: found)))
     session.copy(to: region, from: host, places.total)
 
     for rows in written.restored {
@@ -101,7 +121,28 @@ extension CUDABackend {
       restore(rows, list)
     }
     for rows in written.scaled { scale(rows, region + places.slices) }
-    for wave in written.waves { launch(wave, region, places, memory, window: window) }
+    if written.waves.count > 1, window == nil { checkQueries(plan, written, region, faults) }
+    for wave in written.waves { launch(wave, region, places, memory, window: window, faults) }
+  }
+
+  /// Queries of several waves are looked at before the first of these adds statistics.
+  private func checkQueries(
+    _ plan: AttentionPlan, _ written: CUDADescriptions, _ region: UnsafeMutableRawPointer, _ faults: kv_faults
+  ) {
+    for (index, sequence) in plan.sequences.enumerated()
+    where sequence.work.contains(where: { plan.rows[$0].score != nil }) {
+      let staged = written.stagedQueries[index]
+      let heads = sequence.kvHeads * sequence.group
+      let view = kv_view(
+        base: UInt64(UInt(bitPattern: staged < 0 ? sequence.queries : UnsafeRawPointer(region + staged))),
+        head_stride: Int64(staged < 0 ? sequence.queryHeadStride : sequence.tokens * sequence.keyDim),
+        token_stride: Int64(staged < 0 ? sequence.queryTokenStride : sequence.keyDim),
+        type: UInt32(sequence.queryType.rawValue), heads: UInt32(heads), tokens: UInt32(sequence.tokens),
+        dim: UInt32(sequence.keyDim))
+      session.launch(
+        .checkQueries, x: gridBlocks(heads * sequence.tokens * sequence.keyDim), view, written.queryPlace(index), faults
+      )
+    }
   }
 
   /// Keys to their positions: rows as f32, out from behind their maps, then times a basis or some of their channels.
@@ -153,7 +194,7 @@ extension CUDABackend {
 
   private func launch(
     _ wave: CUDADescriptions.Wave, _ region: UnsafeMutableRawPointer, _ places: Region,
-    _ memory: UnsafeMutableRawPointer, window: kv_window_rule?
+    _ memory: UnsafeMutableRawPointer, window: kv_window_rule?, _ faults: kv_faults
   ) {
     let sequences = region + places.sequences
     session.launch(
@@ -171,13 +212,13 @@ extension CUDABackend {
       region + places.restores + wave.restores.lowerBound * MemoryLayout<kv_restore>.stride, memory)
     session.launch(
       .finish, x: wave.merges.count, region + places.merges + wave.merges.lowerBound * MemoryLayout<kv_merge>.stride,
-      sequences, region + places.partials, memory)
+      sequences, region + places.partials, region + places.queries, faults, memory)
     let statistics = region + places.statistics + wave.statistics.lowerBound * MemoryLayout<kv_statistic>.stride
     let blocks = (wave.longestStatistic + KV_THREADS - 1) / KV_THREADS
     if let window {
       session.launch(.window, x: wave.statistics.count, y: blocks, statistics, memory, window)
     } else {
-      session.launch(.statistics, x: wave.statistics.count, y: blocks, statistics, memory)
+      session.launch(.statistics, x: wave.statistics.count, y: blocks, statistics, memory, faults)
     }
   }
 
@@ -200,15 +241,20 @@ extension CUDABackend {
     }
   }
 
-  /// Outputs, log sums and scores that lie in ordinary memory. Waits for the stream.
-  private func copyOut(_ plan: AttentionPlan, _ scratch: inout Scratch) throws(KVError) {
+  /// Outputs, log sums and scores that lie in ordinary memory. Waits for the stream; says what was not finite.
+  private func copyOut(
+    _ plan: AttentionPlan, _ scratch: Scratch, found: UnsafeMutableRawPointer, results: UnsafeMutableRawPointer
+  ) -> AttentionFault? {
     let written = scratch.plan
     let count = written.results.count
-    let memory = try scratch.device.bytes(written.floats * 4, session)
-    let base = try scratch.pinned.bytes(count * 4, session).assumingMemoryBound(to: Float.self)
-    session.copy(to: base, from: memory, count * 4)
+    let base = results.assumingMemoryBound(to: Float.self)
+    if let memory = scratch.device.base { session.copy(to: base, from: memory, count * 4) }
     session.synchronize()
-    if count == 0 { return }
+    for (index, isQuery) in [true, false].enumerated() {
+      let place = found.load(fromByteOffset: index * 8, as: UInt64.self)
+      if let fault = written.fault(place, isQuery: isQuery, plan) { return fault }
+    }
+    if count == 0 { return nil }
     for (index, sequence) in plan.sequences.enumerated() {
       let heads = sequence.kvHeads * sequence.group
       if written.logSums[index] >= 0 {
@@ -232,5 +278,6 @@ extension CUDABackend {
         score[row] = reduction == .max ? max(score[row], source[row]) : score[row] + source[row]
       }
     }
+    return nil
   }
 }

@@ -29,79 +29,112 @@ extension CUDABackend {
     return found == .max ? nil : Int(found)
   }
 
-  package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? {
-    let inPlace = session.accessible(view.base)
-    let rowBytes = view.dim * view.type.byteCount
-    // Rows and descriptions of one launch fit into memory that is always there.
-    let most = (CUDABackend.stagingBytes - 1024) / 2
-    var index = 0
-    var token = 0
-    while index < targets.count {
-      var batch: [WriteTarget] = []
-      var rows = 0
-      while index < targets.count, (batch.count + 1) * MemoryLayout<kv_write>.stride <= most {
-        var target = targets[index]
-        let count = target.slice.count - token
-        let taken = inPlace ? count : min(count, most / rowBytes - rows)
-        if taken == 0, count > 0 { break }
-        target.token += token
-        target.slice.first += token
-        target.slice.count = taken
-        if taken > 0 { batch.append(target) }
-        rows += taken
-        token = taken < count ? token + taken : 0
-        if taken < count { break }
-        index += 1
-      }
-      if let place = write(view, batch: batch, rows: inPlace ? nil : rows) { return place }
+  package func append(
+    keys: borrowing TensorView, to keyTargets: [WriteTarget], values: borrowing TensorView,
+    to valueTargets: [WriteTarget]
+  ) throws(KVError) -> AppendFault? {
+    try session.surviving()
+    let inPlace = (session.accessible(keys.base), session.accessible(values.base))
+    if !inPlace.0, let place = host.firstNonfinite(keys) {
+      return AppendFault(isKey: true, isFinite: false, place: place)
     }
-    return nil
+    if !inPlace.1, let place = host.firstNonfinite(values) {
+      return AppendFault(isKey: false, isFinite: false, place: place)
+    }
+    let fault = write(keys, keyTargets, values, valueTargets, inPlace: inPlace)
+    // Rows of a card that was lost do not count.
+    try session.surviving()
+    return fault
   }
 
-  /// Some targets in one launch. - Parameter rows: how many are staged; nil: the view is read in place.
-  private func write(_ view: borrowing TensorView, batch: [WriteTarget], rows: Int?) -> ElementPlace? {
-    if batch.isEmpty { return nil }
-    var layout = CUDALayout()
-    let place = layout.take(1, of: UInt64.self)
-    let writes = layout.take(batch.count, of: kv_write.self)
-    let rowBytes = view.dim * view.type.byteCount
-    let staged = layout.take((rows ?? 0) * rowBytes, of: UInt8.self)
-    var description = view.kernelView(base: view.base)
-    var found = UInt64.max
-    exclusivelyRecording { scratch throws(KVError) in
-      let base = try scratch.pinned.bytes(layout.total, session)
-      (base + place).storeBytes(of: UInt64.max, as: UInt64.self)
-      if rows != nil {
-        // One head of as many tokens as there are rows.
-        description = kv_view(
-          base: UInt64(UInt(bitPattern: base + staged)), head_stride: 0, token_stride: Int64(view.dim),
-          type: UInt32(view.type.rawValue), heads: 1, tokens: UInt32(rows ?? 0), dim: UInt32(view.dim))
-      }
-      let list = (base + writes).assumingMemoryBound(to: kv_write.self)
-      var longest = 0
-      var next = 0
-      for (index, target) in batch.enumerated() {
-        let slice = target.slice
-        longest = max(longest, slice.count * slice.run.dim)
-        list[index] = kv_write(
-          slice: slice.kernelSlice(start: 0), head: UInt32(rows == nil ? target.head : 0),
-          token: UInt32(rows == nil ? target.token : next), range: target.range.kernelNumber,
-          limit: target.range.largest)
-        if rows == nil { continue }
-        for row in 0..<slice.count {
-          (base + staged + (next + row) * rowBytes).copyMemory(
-            from: view.row(head: target.head, token: target.token + row), byteCount: rowBytes)
+  package func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace? {
+    let inPlace = session.accessible(view.base)
+    let fault = write(view, targets, view, [], inPlace: (inPlace, inPlace))
+    return fault.flatMap { $0.isFinite ? $0.place : nil }
+  }
+
+  /// Rows of two views in one launch and one wait, in several where their list or their staged rows need more memory than
+  /// is always there.
+  private func write(
+    _ first: borrowing TensorView, _ firstTargets: [WriteTarget], _ second: borrowing TensorView,
+    _ secondTargets: [WriteTarget], inPlace: (Bool, Bool)
+  ) -> AppendFault? {
+    let total = firstTargets.count + secondTargets.count
+    var index = 0
+    var token = 0
+    var fault: AppendFault?
+    while index < total, fault == nil {
+      let start = (index, token)
+      exclusivelyRecording { scratch throws(KVError) in
+        let base = try scratch.pinned.bytes(CUDABackend.stagingBytes, session)
+        base.initializeMemory(as: UInt64.self, repeating: .max, count: 2)
+        let list = (base + CUDABackend.listOffset).assumingMemoryBound(to: kv_write.self)
+        let staged = base + CUDABackend.listOffset + CUDABackend.halfStaging
+        var views = (first.kernelView(base: first.base), second.kernelView(base: second.base))
+        // A staged view is one head of as many tokens as were copied.
+        if !inPlace.0 { views.0 = first.stagedView(base: staged) }
+        if !inPlace.1 { views.1 = second.stagedView(base: staged) }
+        scratch.written.removeAll(keepingCapacity: true)
+        var bytes = 0
+        var longest = 0
+        while index < total, scratch.written.count < CUDABackend.mostWrites {
+          let isFirst = index < firstTargets.count
+          let near = isFirst ? inPlace.0 : inPlace.1
+          let dim = isFirst ? first.dim : second.dim
+          let rowBytes = dim * (isFirst ? first.type.byteCount : second.type.byteCount)
+          let target = isFirst ? firstTargets[index] : secondTargets[index - firstTargets.count]
+          // Rows of a view begin at whole rows of it.
+          let begin = near ? 0 : (bytes + rowBytes - 1) / rowBytes
+          let room = near ? Int.max : max(CUDABackend.halfStaging / rowBytes - begin, 0)
+          let count = min(target.slice.count - token, room)
+          if count == 0, target.slice.count > token { break }
+          var slice = target.slice
+          slice.first += token
+          slice.count = count
+          if !near {
+            for row in 0..<count {
+              let source =
+                isFirst
+                ? first.row(head: target.head, token: target.token + token + row)
+                : second.row(head: target.head, token: target.token + token + row)
+              (staged + (begin + row) * rowBytes).copyMemory(from: source, byteCount: rowBytes)
+            }
+            bytes = (begin + count) * rowBytes
+          }
+          list[scratch.written.count] = kv_write(
+            slice: slice.kernelSlice(start: 0), head: UInt32(near ? target.head : 0),
+            token: UInt32(near ? target.token + token : begin), range: target.range.kernelNumber,
+            limit: target.range.largest, view: isFirst ? 0 : 1, padding: 0)
+          scratch.written.append((index, token))
+          longest = max(longest, count * dim)
+          token += count
+          if token < target.slice.count { break }
+          index += 1
+          token = 0
         }
-        next += slice.count
+        session.launch(
+          .write, x: gridBlocks(longest), y: scratch.written.count, UnsafeMutableRawPointer(list), views.0, views.1,
+          base)
+        session.synchronize()
+        for (isFinite, offset) in [(false, 0), (true, 8)] {
+          let found = base.load(fromByteOffset: offset, as: UInt64.self)
+          if found == .max { continue }
+          let (number, token) = scratch.written[Int(found >> 40)]
+          let isFirst = number < firstTargets.count
+          let target = isFirst ? firstTargets[number] : secondTargets[number - firstTargets.count]
+          let dim = isFirst ? first.dim : second.dim
+          let element = Int(found & (1 << 40 - 1))
+          fault = AppendFault(
+            isKey: isFirst, isFinite: isFinite,
+            place: ElementPlace(
+              head: target.head, token: target.token + token + element / dim, channel: element % dim))
+          break
+        }
       }
-      session.launch(.write, x: gridBlocks(longest), y: batch.count, base + writes, description, base + place)
-      session.synchronize()
-      found = (base + place).load(as: UInt64.self)
+      // Without the memory that is always there nothing goes on; the error is kept.
+      if (index, token) == start { return fault }
     }
-    if found == .max { return nil }
-    let target = batch[Int(found >> 40)]
-    let element = Int(found & (1 << 40 - 1))
-    return ElementPlace(head: target.head, token: target.token + element / view.dim, channel: element % view.dim)
+    return fault
   }
 
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
@@ -349,6 +382,13 @@ extension ElementRange {
 }
 
 extension TensorView {
+  /// Rows that were copied one behind the other.
+  fileprivate func stagedView(base: UnsafeRawPointer) -> kv_view {
+    kv_view(
+      base: UInt64(UInt(bitPattern: base)), head_stride: 0, token_stride: Int64(dim), type: UInt32(type.rawValue),
+      heads: 1, tokens: 0, dim: UInt32(dim))
+  }
+
   func kernelView(base: UnsafeRawPointer) -> kv_view {
     kv_view(
       base: UInt64(UInt(bitPattern: base)), head_stride: Int64(headStride), token_stride: Int64(tokenStride),

@@ -26,8 +26,9 @@ extension CUDABackend {
     _ request: WindowScoreRequest, _ total: Int, into scores: inout ScoreTable, _ scratch: inout Scratch
   ) throws(KVError) {
     let hasTotals = request.totals != nil
-    let columns = try scratch.columns.bytes((hasTotals ? 3 : 1) * total * 4, session)
-      .assumingMemoryBound(to: Float.self)
+    // Queries were looked at when they were captured: what is found here interests nobody.
+    let found = try scratch.columns.bytes(Self.faultBytes + (hasTotals ? 3 : 1) * total * 4, session)
+    let columns = (found + Self.faultBytes).assumingMemoryBound(to: Float.self)
     let plan = AttentionPlan()
     plan.slices = ContiguousArray(request.slices)
     var next = 0
@@ -62,7 +63,7 @@ extension CUDABackend {
         past: rows.lowerBound(request.firstPosition))
       next += rows.count
     }
-    try run(plan, &scratch, window: request.kernelRule)
+    try run(plan, &scratch, window: request.kernelRule, found: found)
     session.synchronize()
     next = 0
     for (index, rows) in request.heads.enumerated() {

@@ -53,6 +53,8 @@ package final class CUDABackend: ComputeBackend {
     /// Rows as f32.
     var table = CUDAScratch(pinned: false)
     var plan = CUDADescriptions()
+    /// Of the rows that are being written: which target, and its tokens that were written before.
+    var written: [(target: Int, token: Int)] = []
   }
 
   package var name: String { "cuda (\(session.card), compute \(session.capability / 10).\(session.capability % 10))" }
@@ -74,6 +76,10 @@ package final class CUDABackend: ComputeBackend {
 
   /// Pinned memory for staging, and for lists, that is always there.
   static let stagingBytes = 1 << 20
+  /// In that memory: places of what is refused, a list of writes, staged rows.
+  static let listOffset = 256
+  static let halfStaging = (stagingBytes - listOffset) / 2 / 256 * 256
+  static let mostWrites = min(halfStaging / MemoryLayout<kv_write>.stride, 65_535)
   /// Floats on the card that are always there: rows on their way between encodings behind maps, at least a group of the
   /// longest ones.
   static let tableElements = 1 << 22
@@ -86,6 +92,7 @@ package final class CUDABackend: ComputeBackend {
     scratch.device.free(session)
     scratch.region.free(session)
     scratch.table.free(session)
+    session.synchronize()
   }
 
   /// Runs `body` alone with the memory between the calls.
@@ -121,11 +128,13 @@ package final class CUDABackend: ComputeBackend {
     let session = session
     if hostVisible {
       return Buffer(base: try session.allocateHost(byteCount), byteCount: byteCount, meter: meter) {
-        // A kernel that still reads it is waited for by the driver.
-        session.releaseHost($0)
+        // What is queued may still read it.
+        session.releaseHost($0, bytes: byteCount)
       }
     }
-    return Buffer(base: try session.allocate(byteCount), byteCount: byteCount, meter: meter) { session.release($0) }
+    return Buffer(base: try session.allocate(byteCount), byteCount: byteCount, meter: meter) {
+      session.release($0, bytes: byteCount)
+    }
   }
 
   package func copy(from host: UnsafeRawPointer, to device: UnsafeMutableRawPointer, byteCount: Int) {

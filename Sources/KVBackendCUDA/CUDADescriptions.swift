@@ -108,6 +108,8 @@ struct CUDADescriptions {
   /// The part of the shared floats that goes back to the host.
   private(set) var results = 0..<0
 
+  /// Elements of queries and outputs of the sequences before each.
+  private var places: [(queries: Int, outputs: Int)] = []
   private var staging: [Staging] = []
   private var memory: UInt64 = 0
   private var region: UInt64 = 0
@@ -144,6 +146,7 @@ struct CUDADescriptions {
     outputs.removeAll(keepingCapacity: true)
     logSums.removeAll(keepingCapacity: true)
     scores.removeAll(keepingCapacity: true)
+    places.removeAll(keepingCapacity: true)
     queryBytes = 0
     sharedFloats = 0
     waveFloats = 0
@@ -162,7 +165,14 @@ struct CUDADescriptions {
     self.staging = staging
     self.memory = UInt64(UInt(bitPattern: memory))
     self.region = UInt64(UInt(bitPattern: region))
-    for index in plan.sequences.indices { stage(index, plan) }
+    var place = (queries: 0, outputs: 0)
+    for index in plan.sequences.indices {
+      stage(index, plan)
+      places.append(place)
+      let sequence = plan.sequences[index]
+      place.queries += sequence.kvHeads * sequence.group * sequence.tokens * sequence.keyDim
+      place.outputs += sequence.kvHeads * sequence.group * sequence.tokens * sequence.valueDim
+    }
     results = 0..<sharedFloats
     tables.begin(at: self.region + UInt64(queryBytes))
     for index in plan.sequences.indices {
@@ -435,7 +445,8 @@ struct CUDADescriptions {
         output_token_stride: Int64(stride), log_stride: Int64(sequence.tokens), scale: sequence.scale,
         softcap: sequence.softcap, sliding_window: UInt32(sequence.slidingWindow), tokens: UInt32(tokens.count),
         group: UInt32(sequence.group), key_dim: UInt32(sequence.keyDim), value_dim: UInt32(sequence.valueDim),
-        padding: 0))
+        all_tokens: UInt32(sequence.tokens), first_token: UInt32(tokens.lowerBound),
+        query_place: UInt64(places[index].queries), output_place: UInt64(places[index].outputs)))
     var work = sequence.work.lowerBound
     for head in 0..<sequence.kvHeads {
       let firstPartial = partials.count
@@ -451,7 +462,7 @@ struct CUDADescriptions {
           kv_merge(
             sequence: UInt32(number), head: UInt32(head), row: UInt32(row),
             partials: UInt32(partials.count - firstPartial), first: UInt64(firstPartial),
-            total: UInt64(totals + 2 * row)))
+            total: UInt64(totals + 2 * row), queries: UInt32(own), padding: 0))
       }
     }
   }
@@ -580,6 +591,24 @@ struct CUDADescriptions {
     queries.append(to)
     prepared.append((mapAddress, basisAddress, later, queries.count - 1))
     return queries.count - 1
+  }
+
+  /// Elements of queries of the sequences before this one.
+  func queryPlace(_ index: Int) -> UInt64 { UInt64(places[index].queries) }
+
+  /// The element that a kernel put on record, counted through all sequences.
+  func fault(_ place: UInt64, isQuery: Bool, _ plan: AttentionPlan) -> AttentionFault? {
+    if place == .max { return nil }
+    let place = Int(place)
+    func first(_ index: Int) -> Int { isQuery ? places[index].queries : places[index].outputs }
+    guard let index = places.indices.last(where: { first($0) <= place }) else { return nil }
+    let sequence = plan.sequences[index]
+    let dim = isQuery ? sequence.keyDim : sequence.valueDim
+    let row = (place - first(index)) / dim
+    return AttentionFault(
+      sequence: index, isQuery: isQuery,
+      place: ElementPlace(
+        head: row / sequence.tokens, token: row % sequence.tokens, channel: (place - first(index)) % dim))
   }
 
   /// Windows: what of a statistic lies behind the descriptions.

@@ -17,6 +17,25 @@ final class CUDASession: Sendable {
   private let failure = Mutex<KVError?>(nil)
   /// Whether something was queued since the stream was waited for.
   private let isBusy = Atomic<Bool>(false)
+  /// Memory that queued work may still use: freed after the next wait, so that nothing waits for its sake.
+  private let retired = Mutex<Retired>(Retired())
+
+  private struct Retired {
+    var device: [UInt64] = []
+    var pinned: [UInt] = []
+    var bytes = 0
+
+    /// False: too much is waiting already.
+    mutating func take(_ count: Int, _ add: (inout Retired) -> Void) -> Bool {
+      if bytes + count > CUDASession.mostRetired { return false }
+      bytes += max(count, 1)
+      add(&self)
+      return true
+    }
+  }
+
+  /// Bytes that are held so at most; beyond, the driver waits.
+  private static let mostRetired = 16 << 20
 
   init(
     _ driver: UnsafePointer<ckv_cuda_driver>, device: Int, context: UnsafeMutableRawPointer?,
@@ -65,12 +84,14 @@ final class CUDASession: Sendable {
 
   deinit { driver.pointee.close(handle) }
 
+  private static let outOfMemory: Int32 = 2
+
   private static func check(
     _ driver: UnsafePointer<ckv_cuda_driver>, _ code: Int32, _ call: @autoclosure () -> String
   ) throws(KVError) {
     if code == 0 { return }
     let name = driver.pointee.error_name(code).map { String(cString: $0) } ?? "error \(code)"
-    throw KVError(code == 2 ? .outOfMemory : .unavailable, "CUDA: \(call()) gave \(name)")
+    throw KVError(code == outOfMemory ? .outOfMemory : .unavailable, "CUDA: \(call()) gave \(name)")
   }
 
   // MARK: Calls that can say no
@@ -78,8 +99,11 @@ final class CUDASession: Sendable {
   func allocate(_ bytes: Int) throws(KVError) -> UnsafeMutableRawPointer {
     try surviving()
     var address: UInt64 = 0
-    try CUDASession.check(
-      driver, driver.pointee.allocate(handle, max(bytes, 256), &address), "allocating \(bytes) bytes of device memory")
+    var code = driver.pointee.allocate(handle, max(bytes, 256), &address)
+    if code == CUDASession.outOfMemory, freesRetired() {
+      code = driver.pointee.allocate(handle, max(bytes, 256), &address)
+    }
+    try CUDASession.check(driver, code, "allocating \(bytes) bytes of device memory")
     guard let base = UnsafeMutableRawPointer(bitPattern: UInt(address)) else {
       throw KVError(.outOfMemory, "CUDA: allocating \(bytes) bytes gave no address")
     }
@@ -89,9 +113,11 @@ final class CUDASession: Sendable {
   func allocateHost(_ bytes: Int) throws(KVError) -> UnsafeMutableRawPointer {
     try surviving()
     var address: UnsafeMutableRawPointer?
-    try CUDASession.check(
-      driver, driver.pointee.allocate_host(handle, max(bytes, 256), &address),
-      "allocating \(bytes) bytes of pinned memory")
+    var code = driver.pointee.allocate_host(handle, max(bytes, 256), &address)
+    if code == CUDASession.outOfMemory, freesRetired() {
+      code = driver.pointee.allocate_host(handle, max(bytes, 256), &address)
+    }
+    try CUDASession.check(driver, code, "allocating \(bytes) bytes of pinned memory")
     guard let address else { throw KVError(.outOfMemory, "CUDA: allocating \(bytes) pinned bytes gave no address") }
     return address
   }
@@ -119,14 +145,32 @@ final class CUDASession: Sendable {
   /// Keeps an error for the next call that can throw.
   func record(_ error: KVError) { failure.withLock { if $0 == nil { $0 = error } } }
 
-  /// The driver waits for kernels that may still use device memory.
-  func release(_ base: UnsafeMutableRawPointer) {
-    keep(driver.pointee.release(handle, UInt64(UInt(bitPattern: base))), "releasing device memory")
+  /// The driver waits for kernels that may still use device memory; little memory is kept until somebody waits anyway.
+  func release(_ base: UnsafeMutableRawPointer, bytes: Int) {
+    let address = UInt64(UInt(bitPattern: base))
+    let isKept = isBusy.load(ordering: .relaxed) && retired.withLock { $0.take(bytes) { $0.device.append(address) } }
+    if !isKept { free(address) }
   }
 
-  func releaseHost(_ base: UnsafeMutableRawPointer) {
-    if isBusy.load(ordering: .relaxed) { synchronize() }
+  func releaseHost(_ base: UnsafeMutableRawPointer, bytes: Int) {
+    if isBusy.load(ordering: .relaxed) {
+      if retired.withLock({ $0.take(bytes) { $0.pinned.append(UInt(bitPattern: base)) } }) { return }
+      synchronize()
+    }
+    freeHost(base)
+  }
+
+  private func free(_ address: UInt64) { keep(driver.pointee.release(handle, address), "releasing device memory") }
+
+  private func freeHost(_ base: UnsafeMutableRawPointer?) {
     keep(driver.pointee.release_host(handle, base), "releasing pinned memory")
+  }
+
+  /// Gives memory back that waited for the stream. False when there was none.
+  private func freesRetired() -> Bool {
+    if retired.withLock({ $0.bytes == 0 }) { return false }
+    synchronize()
+    return true
   }
 
   func copy(to target: UnsafeMutableRawPointer, from source: UnsafeRawPointer, _ bytes: Int) {
@@ -167,6 +211,13 @@ final class CUDASession: Sendable {
   func synchronize() {
     isBusy.store(false, ordering: .relaxed)
     keep(driver.pointee.synchronize(handle), "waiting for the stream")
+    let gone = retired.withLock { retired in
+      let gone = retired
+      if gone.bytes > 0 { retired = Retired() }
+      return gone
+    }
+    for address in gone.device { free(address) }
+    for address in gone.pinned { freeHost(UnsafeMutableRawPointer(bitPattern: address)) }
   }
 
   /// Whether kernels can read and write there: device, managed or pinned memory.
@@ -177,12 +228,13 @@ final class CUDASession: Sendable {
 enum CUDAKernel: Int, CaseIterable {
   // attend.cu
   case prepare, attend, decodeHalf64, decodeHalf128, decodeBfloat64, decodeBfloat128, decodeCodes2, decodeCodes4
-  case decodeCodes8, restorePartials, finish, statistics, window
+  case decodeCodes8, restorePartials, checkQueries, finish, statistics, window
   // rows.cu
   case nonfinite, write, read, map, gather
   case toDense, toChannel, toRow, toCodes, toZeroNumbers, toZeroRow, toScaled, toBlocks
   // measure.cu
-  case channelRange, compare, normalise, nearest, turn, mix, scan, addRows, restoreRows, turnChannels, scaleRows,
+  case channelRange, compare, normalise, nearest, turn, turnKeys, mix, scan, addRows, restoreRows, turnChannels,
+    scaleRows,
     placeRows
 
   /// The name in the sources.
@@ -198,6 +250,7 @@ enum CUDAKernel: Int, CaseIterable {
     case .decodeCodes4: "kv_decode_affine4_128"
     case .decodeCodes8: "kv_decode_affine8_128"
     case .restorePartials: "kv_restore_partials"
+    case .checkQueries: "kv_check_queries"
     case .finish: "kv_finish"
     case .statistics: "kv_statistics"
     case .window: "kv_window"
@@ -219,6 +272,7 @@ enum CUDAKernel: Int, CaseIterable {
     case .normalise: "kv_normalise"
     case .nearest: "kv_nearest"
     case .turn: "kv_turn_rows"
+    case .turnKeys: "kv_turn_keys"
     case .mix: "kv_mix"
     case .scan: "kv_scan"
     case .addRows: "kv_add_rows"
@@ -262,7 +316,7 @@ struct CUDAScratch {
   func holds(_ count: Int) -> Bool { base != nil && capacity >= count }
 
   mutating func free(_ session: CUDASession) {
-    if let base { pinned ? session.releaseHost(base) : session.release(base) }
+    if let base { pinned ? session.releaseHost(base, bytes: capacity) : session.release(base, bytes: capacity) }
     base = nil
     capacity = 0
   }

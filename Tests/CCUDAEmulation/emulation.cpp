@@ -241,6 +241,23 @@ struct Allocation {
 std::map<uintptr_t, Allocation> allocations;  // device and pinned memory
 std::atomic<long> failing{-1};
 std::map<std::string, size_t> launches;
+std::map<std::string, size_t> calls;
+std::string failing_call;
+long failing_calls = -1;
+
+// After an error a context is lost: nothing it was given runs any more, and every further call fails.
+bool is_lost = false;
+std::vector<std::function<void()>> queue;
+
+// Counts a call; true: it fails.
+bool counted(const char *name) {
+  calls[name]++;
+  if (failing_call == name && failing_calls >= 0 && failing_calls-- == 0) {
+    is_lost = true;
+    queue.clear();
+  }
+  return is_lost;
+}
 std::atomic<size_t> allocated{0};
 
 // Makes a call of a kernel from the addresses of its arguments, which are copied as the driver copies them.
@@ -267,6 +284,7 @@ const std::map<std::string, Call> kernels = {
     KERNEL(kv_decode_affine2_128),
     KERNEL(kv_decode_affine4_128),
     KERNEL(kv_decode_affine8_128),
+    KERNEL(kv_check_queries),
     KERNEL(kv_finish),
     KERNEL(kv_prepare),
     KERNEL(kv_restore_partials),
@@ -290,6 +308,7 @@ const std::map<std::string, Call> kernels = {
     KERNEL(kv_normalise),
     KERNEL(kv_nearest),
     KERNEL(kv_turn_rows),
+    KERNEL(kv_turn_keys),
     KERNEL(kv_mix),
     KERNEL(kv_scan),
     KERNEL(kv_add_rows),
@@ -365,6 +384,7 @@ void *last_context, *last_stream;
 
 int open_session(int ordinal, void *context, void *stream, void **session) {
   if (ordinal != 0) return 101;
+  is_lost = false;
   last_context = context;
   last_stream = stream;
   *session = &lock;
@@ -394,9 +414,7 @@ int function(void *, void *module, const char *name, void **result) {
   return 0;
 }
 
-// What was queued and not waited for. It runs as late as a card might run it.
-std::vector<std::function<void()>> queue;
-
+// Runs what was queued and not waited for: as late as a card might.
 void drain() {
   if (queue.empty()) return;
   Card::Access access;
@@ -407,6 +425,7 @@ void drain() {
 
 int take(size_t bytes, bool pinned, void **address) {
   std::lock_guard guard(lock);
+  calls[pinned ? "allocate_host" : "allocate"]++;
   if (failing >= 0 && failing-- == 0) return 2;
   void *base = nullptr;
   if (pinned ? posix_memalign(&base, 256, bytes ? bytes : 1) : !(base = Card::card().take(bytes))) return 2;
@@ -420,6 +439,7 @@ int take(size_t bytes, bool pinned, void **address) {
 
 int give(void *address, bool pinned) {
   std::lock_guard guard(lock);
+  calls[pinned ? "release_host" : "release"]++;
   auto found = allocations.find((uintptr_t)address);
   if (found == allocations.end() || found->second.pinned != pinned) return 1;
   allocated -= found->second.bytes;
@@ -449,31 +469,38 @@ int release_host(void *, void *address) {
   return give(address, true);
 }
 
-bool accessible(void *, const void *address) {
-  std::lock_guard guard(lock);
+bool is_allocated(const void *address) {
   auto found = allocations.upper_bound((uintptr_t)address);
   if (found == allocations.begin()) return false;
   --found;
   return (uintptr_t)address < found->first + found->second.bytes;
 }
 
+bool accessible(void *, const void *address) {
+  std::lock_guard guard(lock);
+  calls["accessible"]++;
+  return is_allocated(address);
+}
+
 // Ordinary memory is read before the call returns, and written before it returns.
 int copy(void *, uint64_t target, uint64_t source, size_t bytes) {
   std::lock_guard guard(lock);
+  if (counted("copy")) return 700;
   void *to = (void *)(uintptr_t)target;
   const void *from = (const void *)(uintptr_t)source;
-  if (accessible(nullptr, from)) {
+  if (is_allocated(from)) {
     queue.push_back([=] { memmove(to, from, bytes); });
   } else {
     std::vector<char> copy((const char *)from, (const char *)from + bytes);
     queue.push_back([=] { memcpy(to, copy.data(), bytes); });
   }
-  if (!accessible(nullptr, to)) drain();
+  if (!is_allocated(to)) drain();
   return 0;
 }
 
 int launch(void *, void *opaque, uint32_t grid_x, uint32_t grid_y, uint32_t threads, void **arguments) {
   std::lock_guard guard(lock);
+  if (counted("launch")) return 700;
   // A grid or block of nothing is an error on a card.
   if (grid_x == 0 || grid_y == 0 || grid_y > 65535 || threads == 0 || threads > 1024) return 1;
   launches[((const std::pair<const std::string, Call> *)opaque)->first]++;
@@ -492,6 +519,7 @@ int launch(void *, void *opaque, uint32_t grid_x, uint32_t grid_y, uint32_t thre
 
 int synchronize(void *) {
   std::lock_guard guard(lock);
+  if (counted("synchronize")) return 700;
   drain();
   return 0;
 }
@@ -506,6 +534,15 @@ const ckv_cuda_driver driver = {open_session, close_session, describe,    load, 
 
 const void *cuda_emulation_driver(void) { return &driver; }
 void cuda_emulation_fail_after(long count) { failing = count; }
+void cuda_emulation_fail_call(const char *name, long count) {
+  std::lock_guard guard(lock);
+  failing_call = name;
+  failing_calls = count;
+}
+size_t cuda_emulation_calls(const char *name) {
+  std::lock_guard guard(lock);
+  return calls[name];
+}
 void cuda_emulation_opened(void **context, void **stream) {
   *context = last_context;
   *stream = last_stream;

@@ -2,6 +2,7 @@ import CCUDAEmulation
 import CKVCUDA
 import KVCompression
 import KVCore
+import KVExperiments
 import Testing
 
 @testable import KVBackendCUDA
@@ -50,7 +51,7 @@ extension CUDATests {
       let shape = LayerShape(queryHeads: 4, kvHeads: 2, keyDim: 32, valueDim: 32)
       let model = ModelShape(layers: [shape], rotary: try RotaryEmbedding(headDim: 32))
       let policy = try PolicyRegistry.standard.policy(text)
-      let near = try Life(policy, model, emulated())
+      let near = try FedCache(policy, model, emulated())
       let far = try KVCache(shape: model, policy: policy, backend: emulated())
       for (turn, tokens) in [40, 24, 1, 1, 1].enumerated() {
         if turn == 2 {
@@ -58,7 +59,7 @@ extension CUDATests {
           try far.finishPrefill()
         }
         let expected = try near.step(tokens, seed: UInt64(turn))
-        var numbers = ConformanceTests.Numbers(state: UInt64(turn))
+        var numbers = FedCache.Numbers(seed: UInt64(turn))
         func tensor(_ heads: Int) throws -> DeviceTensor {
           try DeviceTensor((0..<heads * tokens * 32).map { _ in numbers.next() })
         }
@@ -94,11 +95,11 @@ extension CUDATests {
     func outOfMemoryIsSurvived(text: String) throws {
       let shape = ModelShape(layers: [LayerShape(queryHeads: 4, kvHeads: 2, keyDim: 32, valueDim: 32)])
       let policy = try PolicyRegistry.standard.policy(text)
-      let expected = try Life(policy, shape, emulated())
+      let expected = try FedCache(policy, shape, emulated())
       let outputs = try [40, 1, 1].enumerated().map { try expected.step($1, seed: UInt64($0)) }
       var failures = 0
       for after in 0..<12 {
-        let subject = try Life(policy, shape, emulated())
+        let subject = try FedCache(policy, shape, emulated())
         #expect(try subject.step(40, seed: 0) == outputs[0])
         cuda_emulation_fail_after(after)
         defer { cuda_emulation_fail_after(-1) }
@@ -108,7 +109,7 @@ extension CUDATests {
           _ = try subject.append(300, seed: 9)
         } catch {
           failed = true
-          #expect((error as? KVError)?.code == .outOfMemory, "\(error)")
+          #expect(error.code == .outOfMemory, "\(error)")
         }
         cuda_emulation_fail_after(-1)
         if !failed { break }

@@ -3,6 +3,7 @@ import Foundation
 import KVBackendCPU
 import KVCompression
 import KVCore
+import KVExperiments
 import Testing
 
 extension CUDATests {
@@ -62,7 +63,7 @@ extension CUDATests {
       let geometry = ConformanceTests.geometries[0]
       var failures = 0
       for after in 0..<40 {
-        let subject = try ConformanceTests.Subject("h2o(budget=24)+kivi(bits=4,residual=32)", geometry, emulated())
+        let subject = try FedCache("h2o(budget=24)+kivi(bits=4,residual=32)", geometry, emulated())
         _ = try subject.step(40, seed: 1)
         let bytes = subject.cache.bytes
         let rows = try subject.cache.read(layer: 0, head: 0)
@@ -89,7 +90,7 @@ extension CUDATests {
     /// A NaN in device memory or outside it is refused with its place.
     @Test func nonFiniteValuesAreFound() throws {
       let geometry = ConformanceTests.geometries[0]
-      let subject = try ConformanceTests.Subject("f16", geometry, emulated())
+      let subject = try FedCache("f16", geometry, emulated())
       var keys = [Float](repeating: 1, count: 2 * 5 * 64)
       let values = keys
       keys[1 * 5 * 64 + 3 * 64 + 7] = .nan
@@ -122,7 +123,7 @@ extension CUDATests {
       var alone: [Float] = []
       let query = (0..<shape.queryHeads * 64).map { Float($0 % 17) / 8 - 1 }
       for tokens in [5, 300, 65] {
-        let subject = try ConformanceTests.Subject("kivi(bits=4,residual=32)", geometry, backend)
+        let subject = try FedCache("kivi(bits=4,residual=32)", geometry, backend)
         _ = try subject.step(tokens, seed: UInt64(tokens))
         try subject.cache.finishPrefill()
         caches.append(subject.cache)

@@ -3,6 +3,7 @@ import KVBackendCPU
 import KVBackendCUDA
 import KVCompression
 import KVCore
+import KVExperiments
 import Testing
 
 extension CUDATests {
@@ -41,44 +42,6 @@ extension CUDATests {
       "streaming(sinks=2,recent=20,positions=keep)+bf16",
     ]
 
-    /// Seeded numbers in ±2, not symmetric.
-    struct Numbers {
-      var state: UInt64
-      mutating func next() -> Float {
-        state = state &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
-        return Float(Int32(truncatingIfNeeded: state >> 33)) / 1_073_741_824 - 0.9
-      }
-    }
-
-    /// One cache fed with the tokens of a sequence.
-    final class Subject {
-      let cache: KVCache
-      let shape: LayerShape
-
-      init(_ text: String, _ geometry: Geometry, _ backend: Backend) throws {
-        cache = try KVCache(
-          shape: geometry.shape, policy: PolicyRegistry.standard.policy(text), backend: backend)
-        shape = geometry.shape.layers[0]
-      }
-
-      func step(_ tokens: Int, seed: UInt64) throws -> [Float] {
-        var numbers = Numbers(state: seed)
-        let keys = (0..<shape.kvHeads * tokens * shape.keyDim).map { _ in numbers.next() }
-        let values = (0..<shape.kvHeads * tokens * shape.valueDim).map { _ in numbers.next() }
-        let queries = (0..<shape.queryHeads * tokens * shape.keyDim).map { _ in numbers.next() }
-        try cache.append(
-          layer: 0, keys: TensorView(keys.span, heads: shape.kvHeads, tokens: tokens, dim: shape.keyDim),
-          values: TensorView(values.span, heads: shape.kvHeads, tokens: tokens, dim: shape.valueDim))
-        var output = [Float](repeating: .nan, count: shape.queryHeads * tokens * shape.valueDim)
-        var span = output.mutableSpan
-        var view = try MutableTensorView(&span, heads: shape.queryHeads, tokens: tokens, dim: shape.valueDim)
-        try cache.attend(
-          layer: 0, queries: TensorView(queries.span, heads: shape.queryHeads, tokens: tokens, dim: shape.keyDim),
-          into: &view)
-        return output
-      }
-    }
-
     /// Every policy meets the first shape and one of the odd ones.
     static let cases = policies.enumerated().flatMap { index, policy in
       [(policy, geometries[0]), (policy, geometries[1 + index % (geometries.count - 1)])]
@@ -88,8 +51,8 @@ extension CUDATests {
     func life(policy: String, geometry: Geometry) throws {
       let before = cuda_emulation_allocated()
       do {
-        let reference = try Subject(policy, geometry, .cpu(threads: 1, level: "portable"))
-        let subject = try Subject(policy, geometry, emulated())
+        let reference = try FedCache(policy, geometry, .cpu(threads: 1, level: "portable"))
+        let subject = try FedCache(policy, geometry, emulated())
         for (turn, tokens) in [33, 1, 70].enumerated() {
           compare(try subject.step(tokens, seed: UInt64(turn)), try reference.step(tokens, seed: UInt64(turn)))
         }
@@ -117,5 +80,12 @@ extension CUDATests {
       let worst = zip(a, b).map { abs($0 - $1) }.max() ?? 0
       #expect(a.count == b.count && worst <= 2e-5, "off by \(worst)")
     }
+  }
+}
+
+extension FedCache {
+  convenience init(_ text: String, _ geometry: CUDATests.ConformanceTests.Geometry, _ backend: Backend) throws(KVError)
+  {
+    try self.init(PolicyRegistry.standard.policy(text), geometry.shape, backend)
   }
 }

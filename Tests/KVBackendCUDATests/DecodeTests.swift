@@ -3,6 +3,7 @@ import KVBackendCPU
 import KVBackendCUDA
 import KVCompression
 import KVCore
+import KVExperiments
 import Testing
 
 extension CUDATests {
@@ -43,14 +44,14 @@ extension CUDATests {
     func agrees(_ item: Case) throws {
       let policy = try PolicyRegistry.standard.policy(item.policy)
       let model = try Self.shape(item.queryHeads, item.dim, window: item.window)
-      let reference = try Life(policy, model, .cpu(threads: 1, level: "portable"))
-      let subject = try Life(policy, model, emulated())
+      let reference = try FedCache(policy, model, .cpu(threads: 1, level: "portable"))
+      let subject = try FedCache(policy, model, emulated())
       let before = cuda_emulation_launches(item.kernel)
       var turn: UInt64 = 0
       func step(_ tokens: Int) throws {
         turn += 1
         let (a, b) = (try subject.step(tokens, seed: turn), try reference.step(tokens, seed: turn))
-        #expect(Life.distance(a, b) <= 1e-5, "\(item): off by \(Life.distance(a, b)) in turn \(turn)")
+        #expect(FedCache.distance(a, b) <= 1e-5, "\(item): off by \(FedCache.distance(a, b)) in turn \(turn)")
       }
       try step(9)
       // Rows that are encoded while nobody looks, in several extents of odd lengths.
@@ -72,8 +73,8 @@ extension CUDATests {
     func magnitudes(policy: String, size: Float) throws {
       let made = try PolicyRegistry.standard.policy(policy)
       let model = try Self.shape(2, 128)
-      let reference = try Life(made, model, .cpu(threads: 1, level: "portable"))
-      let subject = try Life(made, model, emulated())
+      let reference = try FedCache(made, model, .cpu(threads: 1, level: "portable"))
+      let subject = try FedCache(made, model, emulated())
       for life in [subject, reference] {
         life.size = size
         life.querySize = 1 / size
@@ -81,7 +82,7 @@ extension CUDATests {
         try life.cache.finishPrefill()
       }
       let (a, b) = (try subject.step(1, seed: 2), try reference.step(1, seed: 2))
-      #expect(Life.distance(a, b) <= 1e-5 * size, "\(policy) x \(size): off by \(Life.distance(a, b))")
+      #expect(FedCache.distance(a, b) <= 1e-5 * size, "\(policy) x \(size): off by \(FedCache.distance(a, b))")
     }
   }
 }

@@ -3,57 +3,52 @@ import KVBackendCPU
 import KVBackendCUDA
 import KVCompression
 import KVCore
+import KVExperiments
 import Testing
 
 extension CUDATests {
   /// Every registered method over the emulated card, from the registry itself: a new row is compared the day it is
   /// registered. CPU and card must choose the same rows and hold the same codes.
   @Suite struct PolicyTests {
-    /// Small values for the options methods commonly have; the first fitting of these where a method needs more.
-    static let small: [String: String] = [
-      "budget": "24", "window": "5", "kernel": "3", "sinks": "2", "residual": "32", "lag": "7", "queries": "6",
-      "length": "4", "rank_k": "0.3", "rank_v": "0.6", "table": "[[1,0]]",
-    ]
-
-    static func text(_ method: MethodDescription) -> String {
-      let options = method.options.compactMap { option in
-        option.name == "window" && method.role == .store ? nil : small[option.name].map { "\(option.name)=\($0)" }
-      }
-      return options.isEmpty ? method.name : "\(method.name)(\(options.joined(separator: ",")))"
-    }
-
-    static func texts(_ role: MethodDescription.Role) -> [String] {
-      // Bases that were calibrated for one model come from files: those methods have tests of their own.
-      PolicyRegistry.standard.methods.filter { $0.role == role && !needsFile($0) }.map(text)
-    }
-
-    static func shape() throws(KVError) -> ModelShape {
+    static func shape(layers: Int = 1) throws(KVError) -> ModelShape {
       ModelShape(
-        layers: [LayerShape(queryHeads: 4, kvHeads: 2, keyDim: 32, valueDim: 32)],
+        layers: Array(repeating: LayerShape(queryHeads: 4, kvHeads: 2, keyDim: 32, valueDim: 32), count: layers),
         rotary: try RotaryEmbedding(headDim: 32))
     }
 
-    static func needsFile(_ method: MethodDescription) -> Bool {
-      do {
-        let policy = try PolicyRegistry.standard.policy(text(method))
-        _ = try KVCache(shape: shape(), policy: policy, backend: .cpu(threads: 1))
-        return false
-      } catch {
-        return error.code == .missingInput
+    /// One policy for every registered method.
+    static func registered() throws(KVError) -> [Conformance.Case] {
+      try Conformance.cases(
+        of: .standard, layer: LayerShape(queryHeads: 4, kvHeads: 2, keyDim: 32, valueDim: 32),
+        rotary: RotaryEmbedding(headDim: 32))
+    }
+
+    @Test func noRegisteredMethodIsLeftOut() throws {
+      let methods = try Self.registered().map(\.method)
+      #expect(methods == PolicyRegistry.standard.methods.map(\.name))
+      #expect(Set(methods).isSuperset(of: ["cskv", "matryoshka", "minicache", "xkv", "rotatekv", "positions"]))
+    }
+
+    @Test func everyRegisteredMethod() throws {
+      for item in try Self.registered() {
+        try compare(item.policy, item.text, layers: item.layers)
+        // What stores do beside evictions.
+        guard PolicyRegistry.standard.method(named: item.method)?.role == .store, item.layers == 1 else { continue }
+        let selection = try PolicyRegistry.standard.policy("h2o(budget=40)").selection
+        try compare(Policy(selection, tiers: item.policy.tiers), "h2o+" + item.text)
       }
     }
 
-    static let selections =
-      texts(.selection)
-      + texts(.modifier).enumerated().map { index, text in
-        (index % 2 == 0 ? "snapkv(budget=24,window=5,kernel=3)+" : "h2o(budget=24)+") + text
-      } + [
-        // Window statistics, reductions and positions that no default asks for.
-        "streaming(sinks=2,recent=20)", "cam(budget=24,positions=slot)", "snapkv(budget=24,window=5,reduction=sum)",
-      ]
+    static let selections = [
+      // Window statistics, reductions and positions that no default asks for.
+      "streaming(sinks=2,recent=20)", "cam(budget=24,positions=slot)", "snapkv(budget=24,window=5,reduction=sum)",
+      "streaming(sinks=3,recent=12,positions=rerotate)+f16", "h2o(budget=20)+positions+bf16",
+      "tova(budget=20)+positions(policy=slot)", "snapkv(budget=20,window=4)+adakv+positions+f16",
+      "knorm(budget=20)+schedule(chunks=true,every=3)+positions+f32",
+    ]
 
     static let stores =
-      texts(.store) + texts(.storeModifier).map { "pertoken+" + $0 } + [
+      [
         "f32", "bf16", "kivi(bits=3,residual=32)", "kivi(bits=8,residual=32,metadata=f32)",
         "kivi(key_bits=4,value_bits=2,residual=64)", "int8(scale=head,group=32)",
         "int8(format=int4,group=16,metadata=f16)", "int8(scale=tensor,factor=0.016)", "fp8(scale=token)",
@@ -68,55 +63,22 @@ extension CUDATests {
         "svd(rank_k=full,rank_v=0.5,scope=head,new=refresh,keep=2,every=5)", "svd(rank_k=0.5,rope=post)",
       ]
 
-    static func policy(_ selection: String, _ store: String) throws -> Policy {
-      let text = [selection, store].filter { !$0.isEmpty }.joined(separator: "+")
-      if let made = try? PolicyRegistry.standard.policy(text) { return made }
-      // A selection of several tiers has f16 before the store, as often as needed.
-      for tiers in 2...4 {
-        let stores = Array(repeating: "f16", count: tiers - 1) + [store.isEmpty ? "kivi(residual=32)" : store]
-        if let made = try? PolicyRegistry.standard.policy(([selection] + stores).joined(separator: "+")) {
-          return made
-        }
-      }
-      return try PolicyRegistry.standard.policy(text)
-    }
-
     @Test(arguments: stores)
     func store(text: String) throws {
-      try compare(Self.policy("", text), text)
-      try compare(Self.policy("h2o(budget=40)", text), "h2o+" + text)
+      try compare(PolicyRegistry.standard.policy(text), text)
+      try compare(PolicyRegistry.standard.policy("h2o(budget=40)+" + text), "h2o+" + text)
     }
 
     @Test(arguments: selections)
-    func selection(text: String) throws {
-      // Keys that are turned where they lie: refused by name, not yet on the card.
-      if text.hasSuffix("+positions") {
-        #expect { try compare(Self.policy(text, ""), text) } throws: { ($0 as? KVError)?.code == .unsupported }
-        return
-      }
-      try compare(Self.policy(text, ""), text)
-    }
+    func selection(text: String) throws { try compare(PolicyRegistry.standard.policy(text), text) }
 
-    func compare(_ policy: Policy, _ text: String) throws {
-      let shape = try Self.shape()
+    func compare(_ policy: Policy, _ text: String, layers: Int = 1) throws {
       let before = cuda_emulation_allocated()
       do {
-        let reference = try Life(policy, shape, .cpu(threads: 1, level: "portable"))
-        let subject = try Life(policy, shape, emulated())
-        for (turn, tokens) in [33, 1, 38].enumerated() {
-          try step(tokens, turn, subject, reference, text)
-        }
-        try subject.cache.finishPrefill()
-        try reference.cache.finishPrefill()
-        for turn in 3..<8 { try step(1, turn, subject, reference, text) }
-        for head in 0..<2 {
-          let (a, b) = (try subject.cache.read(layer: 0, head: head), try reference.cache.read(layer: 0, head: head))
-          #expect(a.positions == b.positions, "\(text): other rows of head \(head)")
-          guard a.positions == b.positions else { continue }
-          #expect(Life.distance(a.keys, b.keys) <= 1e-4, "\(text): keys of head \(head)")
-          #expect(Life.distance(a.values, b.values) <= 1e-4, "\(text): values of head \(head)")
-        }
-        #expect(subject.cache.backend.memory.liveBytes == subject.cache.bytes.total, "\(text)")
+        let conformance = try Conformance(
+          emulated(), against: .cpu(threads: 1, level: "portable"), shape: Self.shape(layers: layers))
+        let outcome = try conformance.run(policy)
+        #expect(outcome.complaint == nil, "\(text): \(outcome)")
       }
       #expect(cuda_emulation_allocated() == before, "\(text) leaks")
     }
@@ -129,14 +91,16 @@ extension CUDATests {
       let layer = LayerShape(queryHeads: 4, kvHeads: 2, keyDim: 32, valueDim: 32)
       let shape = ModelShape(layers: [layer, layer, layer, layer], rotary: try RotaryEmbedding(headDim: 32))
       let policy = try PolicyRegistry.standard.policy(text)
-      let reference = try Life(policy, shape, .cpu(threads: 1, level: "portable"))
-      let subject = try Life(policy, shape, emulated())
+      let reference = try FedCache(policy, shape, .cpu(threads: 1, level: "portable"))
+      let subject = try FedCache(policy, shape, emulated())
       for (turn, tokens) in [60, 1, 1, 1].enumerated() {
         for layer in 0..<4 {
           let seed = UInt64(10 * turn + layer)
           let a = try subject.step(tokens, seed: seed, layer: layer)
           let b = try reference.step(tokens, seed: seed, layer: layer)
-          #expect(Life.distance(a, b) <= 1e-5, "\(text): off by \(Life.distance(a, b)) in turn \(turn), layer \(layer)")
+          #expect(
+            FedCache.distance(a, b) <= 1e-5,
+            "\(text): off by \(FedCache.distance(a, b)) in turn \(turn), layer \(layer)")
         }
         if turn == 0 {
           try subject.cache.finishPrefill()
@@ -158,8 +122,8 @@ extension CUDATests {
         layers: [LayerShape(queryHeads: 6, kvHeads: 2, keyDim: 32, valueDim: 64)],
         rotary: try RotaryEmbedding(headDim: 32))
       let policy = try PolicyRegistry.standard.policy(text)
-      let reference = try Life(policy, shape, .cpu(threads: 1, level: "portable"))
-      let subject = try Life(policy, shape, emulated())
+      let reference = try FedCache(policy, shape, .cpu(threads: 1, level: "portable"))
+      let subject = try FedCache(policy, shape, emulated())
       for life in [reference, subject] {
         for turn in 0..<4 { try life.append(turn == 0 ? 40 : 200, seed: UInt64(turn)) }
         try life.cache.finishPrefill()
@@ -167,56 +131,13 @@ extension CUDATests {
       for turn in 4..<7 { try step(1, turn, subject, reference, text) }
     }
 
-    private func step(_ tokens: Int, _ turn: Int, _ subject: Life, _ reference: Life, _ text: String) throws {
+    private func step(_ tokens: Int, _ turn: Int, _ subject: FedCache, _ reference: FedCache, _ text: String) throws {
       let (a, b) = (
         try subject.step(tokens, seed: UInt64(turn)), try reference.step(tokens, seed: UInt64(turn))
       )
-      let worst = Life.distance(a, b)
+      let worst = FedCache.distance(a, b)
       // Sums of 77 products of numbers below 2, in another order: measured below 2e-6.
       #expect(worst <= 1e-5, "\(text): output of turn \(turn) is off by \(worst)")
-    }
-  }
-
-  /// One cache of one layer fed with the tokens of a sequence.
-  final class Life {
-    let cache: KVCache
-    let shape: LayerShape
-    /// What keys and values, and queries, are multiplied by.
-    var size: Float = 1
-    var querySize: Float = 1
-
-    init(_ policy: Policy, _ model: ModelShape, _ backend: Backend) throws {
-      cache = try KVCache(shape: model, policy: policy, backend: backend)
-      shape = model.layers[0]
-    }
-
-    static func distance(_ a: [Float], _ b: [Float]) -> Float {
-      if a.count != b.count { return .infinity }
-      var worst: Float = 0
-      for (x, y) in zip(a, b) { worst = abs(x - y) <= worst ? worst : abs(x - y) }
-      return worst
-    }
-
-    /// Appends rows that nobody attends; returns numbers for queries.
-    @discardableResult func append(_ tokens: Int, seed: UInt64, layer: Int = 0) throws -> [Float] {
-      var numbers = ConformanceTests.Numbers(state: seed)
-      let keys = (0..<shape.kvHeads * tokens * shape.keyDim).map { _ in size * numbers.next() }
-      let values = (0..<shape.kvHeads * tokens * shape.valueDim).map { _ in size * numbers.next() }
-      try cache.append(
-        layer: layer, keys: TensorView(keys.span, heads: shape.kvHeads, tokens: tokens, dim: shape.keyDim),
-        values: TensorView(values.span, heads: shape.kvHeads, tokens: tokens, dim: shape.valueDim))
-      return (0..<shape.queryHeads * tokens * shape.keyDim).map { _ in querySize * numbers.next() }
-    }
-
-    func step(_ tokens: Int, seed: UInt64, layer: Int = 0) throws -> [Float] {
-      let queries = try append(tokens, seed: seed, layer: layer)
-      var output = [Float](repeating: .nan, count: shape.queryHeads * tokens * shape.valueDim)
-      var span = output.mutableSpan
-      var view = try MutableTensorView(&span, heads: shape.queryHeads, tokens: tokens, dim: shape.valueDim)
-      try cache.attend(
-        layer: layer, queries: TensorView(queries.span, heads: shape.queryHeads, tokens: tokens, dim: shape.keyDim),
-        into: &view)
-      return output
     }
   }
 }

@@ -1,5 +1,6 @@
 import ArgumentParser
 import KVCompression
+import KVExperiments
 import KVLabKit
 
 struct CheckCommand: ParsableCommand {
@@ -20,12 +21,27 @@ struct CheckCommand: ParsableCommand {
     try reportingErrors { () throws(KVError) in
       let backend = try placing.backend.backend(threads: threading.threads)
       print(backend.name)
-      let conformance = try Conformance(backend)
+      let reference = try Backend.cpu(level: "portable")
+      let layer = LayerShape(queryHeads: 8, kvHeads: 2, keyDim: 64, valueDim: 64)
+      let rotary = try RotaryEmbedding(headDim: 64)
       var failures: [String] = []
-      for text in Conformance.policies where filter.map(text.contains) ?? true {
-        let outcome = conformance.run(text)
-        printNow("\(text): \(outcome.complaint ?? "agrees")\(outcome.distance.map { ", off by \($0)" } ?? "")\n")
-        if outcome.complaint != nil { failures.append(text) }
+      for item in try Conformance.cases(of: .standard, layer: layer, rotary: rotary)
+      where filter.map(item.text.contains) ?? true {
+        let shape = ModelShape(layers: Array(repeating: layer, count: item.layers), rotary: rotary)
+        var conformance = Conformance(backend, against: reference, shape: shape)
+        conformance.prompt = [33, 1, 270]
+        conformance.decoded = 12
+        conformance.bound = 2e-5
+        var complaint: String?
+        do throws(KVError) {
+          let outcome = try conformance.run(item.policy)
+          complaint = outcome.complaint
+          printNow("\(item.text): \(complaint ?? "agrees"), off by \(outcome.distance)\n")
+        } catch {
+          complaint = error.description
+          printNow("\(item.text): \(error)\n")
+        }
+        if complaint != nil { failures.append(item.text) }
       }
       if !failures.isEmpty {
         throw KVError(.unsupported, "differs from the portable kernels: \(failures.joined(separator: ", "))")

@@ -105,7 +105,11 @@ typedef struct {
   int64_t output_head_stride, output_token_stride, log_stride;
   float scale, softcap;
   uint32_t sliding_window;
-  uint32_t tokens, group, key_dim, value_dim, padding;
+  uint32_t tokens, group, key_dim, value_dim;
+  /* Tokens of the whole call, and the first of these among them. */
+  uint32_t all_tokens, first_token;
+  /* Elements of queries and of outputs of the sequences before this one, heads and tokens in order. */
+  uint64_t query_place, output_place;
 } kv_sequence;
 
 /* One block of the merging kernel: one query row of one KV head. */
@@ -114,7 +118,15 @@ typedef struct {
   uint32_t partials; /* how many pieces of rows */
   uint64_t first;    /* index of the first partial offset in the list */
   uint64_t total;    /* float offset of [2]: maximum and sum */
+  uint32_t queries;  /* index of kv_queries: as the engine passed them */
+  uint32_t padding;
 } kv_merge;
+
+/* The first query element and the first output element that are not finite, ~0 for none. `guard` is on the card, and keeps
+ * statistics from being added; `found` is where the host looks. */
+typedef struct {
+  uint64_t guard, found; /* addresses of [2] */
+} kv_faults;
 
 /* One work item whose rows gather statistics. */
 typedef struct {
@@ -151,11 +163,13 @@ typedef struct {
   uint32_t type, heads, tokens, dim;
 } kv_view;
 
-/* Tokens of one head of a view that go to dense rows. `range` 1: must round to a finite f16, 2: at most `limit`. */
+/* Tokens of one head of the first or second view that go to dense rows. `range` 1: must round to a finite f16, 2: at most
+ * `limit`. */
 typedef struct {
   kv_slice slice;
   uint32_t head, token, range;
   float limit;
+  uint32_t view, padding;
 } kv_write;
 
 /* A row of a table that is turned from one position to another. */

@@ -242,16 +242,41 @@ KV_KERNEL kv_restore_partials(const kv_restore *items, float *memory) {
   }
 }
 
-// Merges the partials of one query row in row order and writes its output.
-KV_KERNEL kv_finish(const kv_merge *merges, const kv_sequence *sequences, const uint64_t *partials, float *memory) {
+// A query or an output that is not finite is put on record: `which` 0 or 1.
+KV_DEVICE void kv_fault(kv_faults faults, uint32_t which, uint64_t place) {
+  atomicMin((unsigned long long *)faults.guard + which, (unsigned long long)place);
+  atomicMin((unsigned long long *)faults.found + which, (unsigned long long)place);
+}
+
+// Queries that several waves attend, before any of them adds statistics.
+KV_KERNEL kv_check_queries(kv_view view, uint64_t first, kv_faults faults) {
+  KV_GRID(i, (uint64_t)view.heads * view.tokens * view.dim) {
+    const uint64_t c = i % view.dim, t = i / view.dim % view.tokens, h = i / view.dim / view.tokens;
+    if (!kv_finite(kv_load((const void *)view.base, view.type, h * view.head_stride + t * view.token_stride + c)))
+      kv_fault(faults, 0, first + i);
+  }
+}
+
+// Merges the partials of one query row in row order, writes its output, and looks whether query and output are finite.
+KV_KERNEL kv_finish(const kv_merge *merges, const kv_sequence *sequences, const uint64_t *partials,
+                    const kv_queries *queries, kv_faults faults, float *memory) {
   const kv_merge merge = merges[blockIdx.x];
   const kv_sequence sequence = sequences[merge.sequence];
   const uint32_t m = sequence.tokens * sequence.group, token = merge.row / sequence.group;
   const uint32_t head = merge.head * sequence.group + merge.row % sequence.group;
+  const uint64_t place = (uint64_t)head * sequence.all_tokens + sequence.first_token + token;
+  const kv_queries own = queries[merge.queries];
+  const uint64_t query = kv_query_at(own, merge.row);
+  for (uint32_t c = threadIdx.x; c < sequence.key_dim; c += KV_THREADS)
+    if (!kv_finite(kv_load((const void *)own.base, own.type, query + c)))
+      kv_fault(faults, 0, sequence.query_place + place * sequence.key_dim + c);
   float top = -KV_INFINITY, sum = 0;
   for (uint32_t i = 0; i < merge.partials; i++) top = fmaxf(top, memory[partials[merge.first + i] + merge.row]);
+  // A logit that is NaN or beyond f32 leaves a sum that is no number, or a maximum that is infinite.
+  bool finite = top < KV_INFINITY;
   for (uint32_t i = 0; i < merge.partials; i++) {
     const float *partial = memory + partials[merge.first + i];
+    finite = finite && partial[m + merge.row] >= 0;
     if (partial[m + merge.row] > 0) sum += partial[m + merge.row] * expf(partial[merge.row] - top);
   }
   float *output = (float *)sequence.output + head * sequence.output_head_stride + token * sequence.output_token_stride;
@@ -262,7 +287,9 @@ KV_KERNEL kv_finish(const kv_merge *merges, const kv_sequence *sequences, const 
       if (partial[m + merge.row] > 0)
         x += partial[2 * m + (uint64_t)merge.row * sequence.value_dim + c] * expf(partial[merge.row] - top);
     }
-    output[c] = sum > 0 ? x / sum : 0;
+    x = sum > 0 ? x / sum : 0;
+    output[c] = x;
+    if (!finite || !kv_finite(x)) kv_fault(faults, 1, sequence.output_place + place * sequence.value_dim + c);
   }
   if (threadIdx.x == 0) {
     if (sequence.log_sum_exp)
@@ -280,7 +307,9 @@ KV_DEVICE float kv_probability(const kv_statistic &s, const float *memory, uint3
 }
 
 // Adds to each row of a work item the probability it received, over its query rows in order, or keeps the largest.
-KV_KERNEL kv_statistics(const kv_statistic *statistics, const float *memory) {
+KV_KERNEL kv_statistics(const kv_statistic *statistics, const float *memory, kv_faults faults) {
+  const uint64_t *guard = (const uint64_t *)faults.guard;
+  if (guard[0] != ~0ull || guard[1] != ~0ull) return;
   const kv_statistic statistic = statistics[blockIdx.x];
   const uint32_t row = blockIdx.y * KV_THREADS + threadIdx.x;
   if (row >= statistic.count) return;

@@ -91,6 +91,13 @@ KV_DEVICE void kv_store(void *base, uint32_t type, uint64_t index, float x) {
     ((uint16_t *)base)[index] = type == KV_F16 ? kv_to_half(x) : kv_to_bfloat(x);
 }
 
+// The same within what f16 holds: a decoded code can exceed the value it was made from by half a step, and a turned one by
+// a rounding; near the end of the range that would be infinity.
+KV_DEVICE void kv_store_within(void *base, uint32_t type, uint64_t index, float x) {
+  if (type == KV_F16) x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+  kv_store(base, type, index, x);
+}
+
 KV_DEVICE bool kv_finite(float x) { return (kv_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
 KV_DEVICE uint32_t kv_plane_words(uint32_t n, uint32_t bits) { return (n * bits + 31) / 32; }

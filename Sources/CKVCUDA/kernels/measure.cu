@@ -99,6 +99,33 @@ KV_KERNEL kv_turn_rows(float *rows, uint32_t dim, const kv_turn *turns, kv_rotar
   KV_EACH(p, rotary.pairs) kv_turn_pair(rotary, row, p, turn.from, turn.to);
 }
 
+// Keys turned where they lie, later by as many positions as their slice says: one thread a pair of channels, or a channel
+// that does not turn. Without `writes` nothing changes, and `place` gets the least row with an element beyond `limit`.
+KV_KERNEL kv_turn_keys(const kv_slice *slices, const int64_t *by, uint32_t count, uint32_t rows, kv_rotary rotary,
+                       float limit, uint32_t writes, unsigned long long *place) {
+  const uint32_t dim = slices[0].dim, items = dim - rotary.pairs;
+  KV_GRID(i, (uint64_t)rows * items) {
+    const uint32_t r = (uint32_t)(i / items), p = (uint32_t)(i % items);
+    const kv_slice &s = kv_slice_of(slices, count, r);
+    const uint64_t row = (uint64_t)(s.first + r - s.start) * dim;
+    const uint32_t first = p >= rotary.pairs ? p + rotary.pairs : rotary.interleaved ? 2 * p : p;
+    const uint32_t second = rotary.interleaved ? first + 1 : first + rotary.pairs;
+    float x = kv_load((const void *)s.data, s.dtype, row + first), y = 0;
+    if (p < rotary.pairs) {
+      const double angle = (double)by[&s - slices] * (double)((const float *)rotary.frequencies)[p];
+      const float c = (float)cos(angle), sine = (float)sin(angle), a = x;
+      y = kv_load((const void *)s.data, s.dtype, row + second);
+      x = kv_add(kv_mul(a, c), -kv_mul(y, sine));
+      y = kv_add(kv_mul(y, c), kv_mul(a, sine));
+      if (writes) {
+        kv_store_within((void *)s.data, s.dtype, row + first, x);
+        kv_store_within((void *)s.data, s.dtype, row + second, y);
+      }
+    }
+    if (!writes && !(fabsf(x) <= limit && fabsf(y) <= limit)) atomicMin(place, (unsigned long long)r);
+  }
+}
+
 // Weighted sums of rows in the order of their list, divided: one block a sum, one rounding per operation. `place` gets
 // the least sum with an element beyond `limit`.
 KV_KERNEL kv_mix(const float *rows, uint32_t dim, const uint32_t *starts, const uint32_t *index, const float *weight,

@@ -10,10 +10,12 @@ KV_KERNEL kv_nonfinite(kv_view view, unsigned long long *place) {
   }
 }
 
-// Converts rows of a view into dense rows. `place` gets the least (write index, element) that its range does not hold.
-KV_KERNEL kv_write_rows(const kv_write *writes, kv_view view, unsigned long long *place) {
+// Converts rows of two views into dense rows. `place` gets the least (write index, element) that is not finite, and the
+// least one that its range does not hold.
+KV_KERNEL kv_write_rows(const kv_write *writes, kv_view first, kv_view second, unsigned long long *place) {
   const kv_write write = writes[blockIdx.y];
   const kv_slice s = write.slice;
+  const kv_view &view = write.view ? second : first;
   KV_GRID(i, (uint64_t)s.count * s.dim) {
     const uint64_t t = i / s.dim, c = i % s.dim;
     const float x = kv_load((const void *)view.base, view.type,
@@ -24,7 +26,7 @@ KV_KERNEL kv_write_rows(const kv_write *writes, kv_view view, unsigned long long
     bool fits = kv_finite(held);
     if (write.range == 1) fits = fits && kv_finite(kv_half(kv_to_half(x)));
     if (write.range == 2) fits = fits && fabsf(held) <= write.limit;
-    if (!fits) atomicMin(place, (unsigned long long)blockIdx.y << 40 | i);
+    if (!fits) atomicMin(place + (kv_finite(x) ? 1 : 0), (unsigned long long)blockIdx.y << 40 | i);
   }
 }
 
@@ -112,13 +114,11 @@ KV_DEVICE uint32_t kv_code_of(float x, float scale, float min, float levels) {
   return (uint32_t)kv_round(t);
 }
 
-// Writes the rows of `slices` as dense elements from row `to.first` on. A decoded code can exceed the value it was made
-// from by half a step: near the end of the f16 range that would be infinity.
+// Writes the rows of `slices` as dense elements from row `to.first` on.
 KV_KERNEL kv_to_dense(const kv_slice *slices, uint32_t count, kv_slice to) {
   KV_GRID(i, (uint64_t)to.count * to.dim) {
-    float x = kv_source(slices, count, (uint32_t)(i / to.dim), (uint32_t)(i % to.dim));
-    if (to.dtype == KV_F16) x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
-    kv_store((void *)to.data, to.dtype, (uint64_t)to.first * to.dim + i, x);
+    const float x = kv_source(slices, count, (uint32_t)(i / to.dim), (uint32_t)(i % to.dim));
+    kv_store_within((void *)to.data, to.dtype, (uint64_t)to.first * to.dim + i, x);
   }
 }
 

@@ -36,6 +36,16 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// `first ...` of its run. Returns the first element that is finite in the view and beyond its target's range.
   func write(_ view: borrowing TensorView, to targets: [WriteTarget]) -> ElementPlace?
 
+  /// Writes the keys and values of some tokens, which must be finite: ``firstNonfinite(_:)`` and ``write(_:to:)`` of both
+  /// views at once, so that a device is waited for once. Returns the first element that is refused; what was written then
+  /// is of no account.
+  ///
+  /// - Throws: `unavailable` when a device was lost.
+  func append(
+    keys: borrowing TensorView, to keyTargets: [WriteTarget], values: borrowing TensorView,
+    to valueTargets: [WriteTarget]
+  ) throws(KVError) -> AppendFault?
+
   /// Reads the rows of `sources` one after another and writes them from `row` on, converting, encoding or copying
   /// verbatim (same encoding, whole units) as the encodings ask. Per-channel targets get whole groups.
   func transcode(_ sources: UnsafeBufferPointer<RunSlice>, to target: RowRun, row: Int)
@@ -69,6 +79,12 @@ package protocol ComputeBackend: AnyObject, Sendable {
   ///
   /// - Throws: `outOfMemory` for intermediate results, `unavailable` when a device was lost.
   func attend(_ plan: AttentionPlan) throws(KVError)
+
+  /// Whether `attendFinite` looks at queries and outputs itself.
+  var checksAttention: Bool { get }
+  /// Attention that says which query or output is not finite, so that a device is waited for once. No statistics were
+  /// added then. Nil where `checksAttention` is false.
+  func attendFinite(_ plan: AttentionPlan) throws(KVError) -> AttentionFault?
 
   /// A measure of every pair of rows; see ``RowComparison``.
   func compare(_ request: RowComparison, into result: UnsafeMutablePointer<Float>)
@@ -134,6 +150,23 @@ package protocol ComputeBackend: AnyObject, Sendable {
 }
 
 extension ComputeBackend {
+  package func append(
+    keys: borrowing TensorView, to keyTargets: [WriteTarget], values: borrowing TensorView,
+    to valueTargets: [WriteTarget]
+  ) throws(KVError) -> AppendFault? {
+    if let place = firstNonfinite(keys) { return AppendFault(isKey: true, isFinite: false, place: place) }
+    if let place = firstNonfinite(values) { return AppendFault(isKey: false, isFinite: false, place: place) }
+    if let place = write(keys, to: keyTargets) { return AppendFault(isKey: true, isFinite: true, place: place) }
+    if let place = write(values, to: valueTargets) { return AppendFault(isKey: false, isFinite: true, place: place) }
+    return nil
+  }
+
+  package var checksAttention: Bool { false }
+  package func attendFinite(_ plan: AttentionPlan) throws(KVError) -> AttentionFault? {
+    try attend(plan)
+    return nil
+  }
+
   package func require(_ observer: any AttentionObserver) throws(KVError) {}
   package var movesOverlappingRows: Bool { true }
   package var hasWindowStatistics: Bool { true }
@@ -221,6 +254,36 @@ package struct ElementPlace: Hashable, Sendable {
     self.head = head
     self.token = token
     self.channel = channel
+  }
+}
+
+/// Why rows cannot be appended.
+package struct AppendFault: Hashable, Sendable {
+  package var isKey: Bool
+  /// A finite element beyond what holds it; else NaN or infinite.
+  package var isFinite: Bool
+  package var place: ElementPlace
+
+  package init(isKey: Bool, isFinite: Bool, place: ElementPlace) {
+    self.isKey = isKey
+    self.isFinite = isFinite
+    self.place = place
+  }
+}
+
+/// What of an attention call is NaN or infinite.
+package struct AttentionFault: Hashable, Sendable {
+  /// Of the plan.
+  package var sequence: Int
+  /// An element of a query; else of an output.
+  package var isQuery: Bool
+  /// In its sequence, heads being query heads.
+  package var place: ElementPlace
+
+  package init(sequence: Int, isQuery: Bool, place: ElementPlace) {
+    self.sequence = sequence
+    self.isQuery = isQuery
+    self.place = place
   }
 }
 

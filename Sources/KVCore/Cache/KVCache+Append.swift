@@ -28,8 +28,6 @@ extension KVCache {
         layer: layer)
     }
     try checkTokens(keys: keys.tokens, values: values.tokens, state)
-    try checkFinite(keys, name: "key", state)
-    try checkFinite(values, name: "value", state)
     fillSeed(state)
     do throws(KVError) {
       try state.segments[0].append(keys: keys, values: values, firstPosition: state.seen, observed: seed)
@@ -62,16 +60,6 @@ extension KVCache {
     if state.phase == .decode { state.decodedTokens += tokens }
     if state.phase == .prefill { state.outcome = .waiting }
     debugCheck(state)
-  }
-
-  private func checkFinite(
-    _ view: borrowing TensorView, name: String, _ state: LayerState
-  ) throws(KVError) {
-    if let place = backend.operations.firstNonfinite(view) {
-      throw KVError(
-        .nonFinite, "channel \(place.channel) of a \(name) is NaN or infinite", layer: state.layer,
-        head: place.head, position: state.seen + place.token)
-    }
   }
 
   /// What the columns of the next rows start with; empty when no attention is observed.

@@ -51,7 +51,8 @@ extension KVCache {
     for (cache, count) in zip(caches, tokens) {
       try cache.check(output, queries: queries.tokens, layer: layer, options ?? cache.attention)
       try cache.checkQueries(
-        queries.slice(tokens: token..<token + count), cache.state(layer), causal: (options ?? cache.attention).causal)
+        queries.slice(tokens: token..<token + count), cache.state(layer), causal: (options ?? cache.attention).causal,
+        finite: !first.backend.operations.checksAttention)
       token += count
     }
     for cache in caches { try cache.prepare(layer: layer, options: options ?? cache.attention) }
@@ -63,7 +64,10 @@ extension KVCache {
         options: options ?? cache.attention, in: first.plan)
       token += count
     }
-    try first.backend.operations.attend(first.plan)
+    if let fault = try first.backend.operations.attendFinite(first.plan) {
+      let before = tokens[..<fault.sequence].reduce(0, +)
+      throw caches[fault.sequence].error(fault, layer: layer, tokens: tokens[fault.sequence], firstToken: before)
+    }
     try first.checkFinite(output, layer: layer)
     token = 0
     for (cache, count) in zip(caches, tokens) {
@@ -79,12 +83,15 @@ extension KVCache {
     logSumExp: UnsafeMutablePointer<Float>?, options: AttentionOptions
   ) throws(KVError) {
     try check(output, queries: queries.tokens, layer: layer, options)
-    try checkQueries(queries, state(layer), causal: options.causal)
+    try checkQueries(
+      queries, state(layer), causal: options.causal, finite: !backend.operations.checksAttention)
     try prepare(layer: layer, options: options)
     plan.reset()
     describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
     plan.sequences[0].logSumExp = logSumExp
-    try backend.operations.attend(plan)
+    if let fault = try backend.operations.attendFinite(plan) {
+      throw error(fault, layer: layer, tokens: queries.tokens, firstToken: 0)
+    }
     try checkFinite(output, layer: layer)
     try conclude(layer: layer, queries: queries, options: options)
   }
@@ -105,15 +112,26 @@ extension KVCache {
   /// Finite keys and queries can have a product beyond f32, and its softmax is NaN: that is said, not passed on. The policy
   /// has not acted on the step then.
   private func checkFinite(_ output: borrowing MutableTensorView, layer: Int) throws(KVError) {
+    if backend.operations.checksAttention { return }
     let view = TensorView(
       unsafeBase: output.base, type: .f32, heads: output.heads, tokens: output.tokens, dim: output.dim,
       headStride: output.headStride, tokenStride: output.tokenStride)
-    if let place = backend.operations.firstNonfinite(view) {
-      throw KVError(
-        .nonFinite,
-        "the logits of query \(place.token) of query head \(place.head) are beyond what f32 holds; scale keys or queries",
-        layer: layer)
-    }
+    if let place = backend.operations.firstNonfinite(view) { throw beyondLogits(place, layer: layer) }
+  }
+
+  private func beyondLogits(_ place: ElementPlace, layer: Int) -> KVError {
+    KVError(
+      .nonFinite,
+      "the logits of query \(place.token) of query head \(place.head) are beyond what f32 holds; scale keys or queries",
+      layer: layer)
+  }
+
+  /// - Parameter firstToken: queries of a batch before those of this cache.
+  private func error(_ fault: AttentionFault, layer: Int, tokens: Int, firstToken: Int) -> KVError {
+    if fault.isQuery { return nonFiniteQuery(fault.place, tokens: tokens, layers[layer]) }
+    var place = fault.place
+    place.token += firstToken
+    return beyondLogits(place, layer: layer)
   }
 
   private static func checkBatch(

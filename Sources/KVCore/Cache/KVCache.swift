@@ -264,7 +264,7 @@ public final class KVCache {
   }
 
   package func checkQueries(
-    _ queries: borrowing TensorView, _ state: LayerState, causal: Bool = true
+    _ queries: borrowing TensorView, _ state: LayerState, causal: Bool = true, finite: Bool = true
   ) throws(KVError) {
     guard queries.heads == state.shape.queryHeads, queries.dim == state.shape.keyDim else {
       throw KVError(
@@ -277,11 +277,15 @@ public final class KVCache {
         .shapeMismatch,
         "queries of the last 1...\(state.seen) appended tokens expected; got \(queries.tokens)", layer: state.layer)
     }
-    if let place = backend.operations.firstNonfinite(queries) {
-      throw KVError(
-        .nonFinite, "channel \(place.channel) of a query is NaN or infinite", layer: state.layer,
-        head: place.head, position: state.seen - queries.tokens + place.token)
+    if finite, let place = backend.operations.firstNonfinite(queries) {
+      throw nonFiniteQuery(place, tokens: queries.tokens, state)
     }
+  }
+
+  func nonFiniteQuery(_ place: ElementPlace, tokens: Int, _ state: LayerState) -> KVError {
+    KVError(
+      .nonFinite, "channel \(place.channel) of a query is NaN or infinite", layer: state.layer,
+      head: place.head, position: state.seen - tokens + place.token)
   }
 
   package func debugCheck(_ state: LayerState) {

@@ -7,7 +7,8 @@ package final class RowSegment: Segment {
   package internal(set) var heads: [HeadRows]
   /// Reused by every append; never shrinks.
   private var targets: [RunSlice] = []
-  private var writes: [WriteTarget] = []
+  private var keyWrites: [WriteTarget] = []
+  private var valueWrites: [WriteTarget] = []
 
   package init(layer: LayerShape, format: RowFormat, backend: any ComputeBackend) {
     self.layer = layer
@@ -50,9 +51,12 @@ package final class RowSegment: Segment {
     targets.removeAll(keepingCapacity: true)
     do throws(KVError) {
       // Rows are written behind those that count; columns come last, when nothing but memory can still fail.
-      try write(keys, side: \.keys, name: "key", firstPosition: firstPosition)
+      try reserve(count, dim: keys.dim, side: \.keys, into: &keyWrites)
       let keyTargets = targets.count
-      try write(values, side: \.values, name: "value", firstPosition: firstPosition)
+      try reserve(count, dim: values.dim, side: \.values, into: &valueWrites)
+      if let fault = try backend.append(keys: keys, to: keyWrites, values: values, to: valueWrites) {
+        throw error(fault, keyDim: keys.dim, valueDim: values.dim, firstPosition: firstPosition)
+      }
       try reserve(count, firstPosition: firstPosition, observed: observed.count)
       commit(count, firstPosition: firstPosition, keyTargets: keyTargets, observed: observed)
     } catch {
@@ -70,30 +74,38 @@ package final class RowSegment: Segment {
     }
   }
 
-  private func write(
-    _ view: borrowing TensorView, side: WritableKeyPath<HeadRows, RowStore>, name: String, firstPosition: Int
+  /// Room for the next rows of one side of every head.
+  private func reserve(
+    _ count: Int, dim: Int, side: WritableKeyPath<HeadRows, RowStore>, into writes: inout [WriteTarget]
   ) throws(KVError) {
     writes.removeAll(keepingCapacity: true)
-    let format = heads[0][keyPath: side].format
-    let range = format.range(dim: view.dim)
+    let range = heads[0][keyPath: side].format.range(dim: dim)
     for head in heads.indices {
       let before = targets.count
-      try heads[head][keyPath: side].reserve(view.tokens, backend: backend, into: &targets)
+      try heads[head][keyPath: side].reserve(count, backend: backend, into: &targets)
       var token = 0
       for index in before..<targets.count {
         writes.append(WriteTarget(head: head, token: token, slice: targets[index], range: range))
         token += targets[index].count
       }
     }
-    if let place = backend.write(view, to: writes) {
-      let largest = min(range.largest, format.window.largestFinite)
-      let what = format.limit == nil ? format.body?.description ?? format.window.name : "what it will be stored in"
-      throw KVError(
-        .unrepresentable,
-        "channel \(place.channel) of a \(name) is beyond ±\(largest), the largest that \(what) can hold; "
-          + "store rows and metadata in a wider type",
-        head: place.head, position: firstPosition + place.token)
+  }
+
+  private func error(_ fault: AppendFault, keyDim: Int, valueDim: Int, firstPosition: Int) -> KVError {
+    let name = fault.isKey ? "key" : "value"
+    let (head, position) = (fault.place.head, firstPosition + fault.place.token)
+    guard fault.isFinite else {
+      return KVError(
+        .nonFinite, "channel \(fault.place.channel) of a \(name) is NaN or infinite", head: head, position: position)
     }
+    let format = fault.isKey ? heads[0].keys.format : heads[0].values.format
+    let largest = min(format.range(dim: fault.isKey ? keyDim : valueDim).largest, format.window.largestFinite)
+    let what = format.limit == nil ? format.body?.description ?? format.window.name : "what it will be stored in"
+    return KVError(
+      .unrepresentable,
+      "channel \(fault.place.channel) of a \(name) is beyond ±\(largest), the largest that \(what) can hold; "
+        + "store rows and metadata in a wider type",
+      head: head, position: position)
   }
 
   private func commit(_ count: Int, firstPosition: Int, keyTargets: Int, observed: [Float]) {

@@ -14,6 +14,13 @@ const void *cuda_emulation_driver(void);
 /* Makes the allocation after `count` further ones fail; a negative count never. */
 void cuda_emulation_fail_after(long count);
 
+/* Makes the call of a function of the driver ("launch", "copy", "synchronize") after `count` further ones give an error; a
+ * negative count none. The context is lost then: all further calls fail until one is opened anew. */
+void cuda_emulation_fail_call(const char *name, long count);
+
+/* Calls of a function of the driver so far, by its name in `ckv_cuda_driver`. */
+size_t cuda_emulation_calls(const char *name);
+
 /* The context and stream that the last session was opened with. */
 void cuda_emulation_opened(void **context, void **stream);
 

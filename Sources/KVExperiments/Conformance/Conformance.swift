@@ -1,0 +1,73 @@
+public import KVCore
+
+/// A backend against another over whole lives of caches: a prompt in chunks, its end, decoding.
+///
+/// ```swift
+/// let conformance = Conformance(try .cuda(), against: try .cpu(level: "portable"), shape: shape)
+/// let outcome = try conformance.run(policy)
+/// ```
+public struct Conformance: Sendable {
+  /// What one policy came to.
+  public struct Outcome: Sendable {
+    /// Largest difference of an attention output.
+    public var distance: Float
+    /// What is wrong; nil: nothing.
+    public var complaint: String?
+  }
+
+  public let subject: Backend
+  public let reference: Backend
+  public let shape: ModelShape
+  /// Tokens of each chunk of the prompt, and how many come one by one.
+  public var prompt = [33, 1, 38]
+  public var decoded = 5
+  /// By how much outputs may differ: sums of some hundred products of numbers below 3, in another order.
+  public var bound: Float = 1e-5
+  /// By how much rows that are read back may differ.
+  public var rowBound: Float = 1e-4
+
+  public init(_ subject: Backend, against reference: Backend, shape: ModelShape) {
+    self.subject = subject
+    self.reference = reference
+    self.shape = shape
+  }
+
+  /// Every layer of two caches, fed alike. Nothing else may allocate on the subject meanwhile: its bytes are compared with
+  /// those of the cache.
+  public func run(_ policy: Policy) throws(KVError) -> Outcome {
+    let own = try FedCache(policy, shape, subject)
+    let other = try FedCache(policy, shape, reference)
+    var outcome = Outcome(distance: 0, complaint: nil)
+    for (turn, tokens) in (prompt + Array(repeating: 1, count: decoded)).enumerated() {
+      if turn == prompt.count {
+        try own.cache.finishPrefill()
+        try other.cache.finishPrefill()
+      }
+      for layer in shape.layers.indices {
+        let seed = UInt64(turn * 64 + layer)
+        let distance = FedCache.distance(
+          try own.step(tokens, seed: seed, layer: layer), try other.step(tokens, seed: seed, layer: layer))
+        outcome.distance = distance <= outcome.distance ? outcome.distance : distance
+        if !(distance <= bound), outcome.complaint == nil {
+          outcome.complaint = "the output of layer \(layer) in turn \(turn) is off by \(distance)"
+        }
+      }
+    }
+    if outcome.complaint == nil { outcome.complaint = try compareRows(own.cache, other.cache) }
+    let (held, counted) = (subject.memory.liveBytes, own.cache.bytes.total)
+    if held != counted, outcome.complaint == nil { outcome.complaint = "\(counted) bytes are \(held)" }
+    return outcome
+  }
+
+  private func compareRows(_ own: KVCache, _ other: KVCache) throws(KVError) -> String? {
+    for (layer, layerShape) in shape.layers.enumerated() {
+      for head in 0..<layerShape.kvHeads {
+        let (a, b) = (try own.read(layer: layer, head: head), try other.read(layer: layer, head: head))
+        if a.positions != b.positions { return "other rows of head \(head) of layer \(layer) stay" }
+        let distance = max(FedCache.distance(a.keys, b.keys), FedCache.distance(a.values, b.values))
+        if !(distance <= rowBound) { return "rows of head \(head) of layer \(layer) are off by \(distance)" }
+      }
+    }
+    return nil
+  }
+}
