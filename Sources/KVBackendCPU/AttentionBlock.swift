@@ -12,6 +12,9 @@ internal import KVCore
 /// Rows whose logits are formed at one time: 1024 logits of a few query rows stay in the first-level cache, and the
 /// keys and values of 1024 rows in the second.
 let blockRows = 1024
+/// Between the logits of two query rows, where they lie in working memory: a line of the cache more than a block, so that
+/// the same row's logits do not all compete for one set of it.
+private let logitStride = blockRows + 16
 
 /// The queries of one KV head in one piece of work: `tokens` positions of `group` heads each, token-major.
 struct QueryBlock {
@@ -67,7 +70,7 @@ struct RowAttention {
   let scale: Float
   let softcap: Float
   let slidingWindow: Int
-  /// [query rows][blockRows] logits, then kernel scratch, then queries or sums behind the map of some rows.
+  /// [query rows][logitStride] logits, then kernel scratch, then queries or sums behind the map of some rows.
   let logits: UnsafeMutablePointer<Float>
   let scratch: UnsafeMutablePointer<Float>
   let mapped: UnsafeMutablePointer<Float>
@@ -78,7 +81,7 @@ struct RowAttention {
 
   static func floats(rows: Int, keyDim: Int, valueDim: Int) -> Int {
     let dim = UInt32(max(keyDim, valueDim))
-    return rows * blockRows + kernelFloats(rows: rows, dim: dim) + Int(ckv_mapped_floats(dim, UInt32(rows)))
+    return rows * logitStride + kernelFloats(rows: rows, dim: dim) + Int(ckv_mapped_floats(dim, UInt32(rows)))
   }
 
   /// Whole cache lines, so that what follows stays aligned.
@@ -99,7 +102,7 @@ struct RowAttention {
     self.softcap = softcap
     self.slidingWindow = slidingWindow
     logits = memory
-    scratch = memory + rows * blockRows
+    scratch = memory + rows * logitStride
     mapped = scratch + RowAttention.kernelFloats(rows: rows, dim: UInt32(max(keyDim, valueDim)))
   }
 
@@ -109,21 +112,21 @@ struct RowAttention {
     _ work: RowsWork, range: Range<Int>, queries: QueryBlock, to partial: PartialBlock, kept: KeptWeights? = nil,
     keptOffset: Int = 0
   ) {
-    if let lowRank = work.lowRank, let latent {
-      if lowRank.keyChannels != nil {
-        withUnsafeTemporaryAllocation(of: JoinedMember.self, capacity: 1) { members in
-          members.initializeElement(
-            at: 0,
-            to: JoinedMember(work: work, queries: queries, partial: partial, kept: kept, keptOffset: keptOffset))
-          addJoined(members, range, latent)
-          members.deinitializeElement(at: 0)
-        }
-        return
-      }
-      addLatents(work, lowRank, latent, range, queries, partial, kept, keptOffset)
+    guard let lowRank = work.lowRank, let latent else {
+      addRows(work, range, queries, partial, kept, keptOffset)
       return
     }
-    addRows(work, range, queries, partial, kept, keptOffset)
+    withUnsafeTemporaryAllocation(of: JoinedMember.self, capacity: 1) { members in
+      members.initializeElement(
+        at: 0,
+        to: JoinedMember(work: work, queries: queries, partial: partial, kept: kept, keptOffset: keptOffset))
+      if lowRank.keyChannels != nil {
+        addJoined(members, range, latent)
+      } else {
+        addLatents(members, range, latent)
+      }
+      members.deinitializeElement(at: 0)
+    }
   }
 
   func addRows(
@@ -146,7 +149,7 @@ struct RowAttention {
     let m = queries.rows
     let visible = visibleRows(work, queries, block)
     let target = kept.map { $0.base + keptOffset + block.lowerBound } ?? logits
-    let stride = kept?.stride ?? blockRows
+    let stride = kept?.stride ?? logitStride
     if let kept {
       // Rows no query of the block sees weigh nothing.
       let maxima = kept.maxima + (keptOffset + block.lowerBound) / blockRows * m

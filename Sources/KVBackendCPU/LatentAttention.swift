@@ -101,25 +101,26 @@ struct RotatedTile {
 /// latents, and that times the basis, once. Only where keys are turned after they are restored do the rows themselves
 /// appear, in tiles of `LatentSpace.tileRows`.
 extension RowAttention {
+  /// Adds rows `range` of heads that share their latents, or of one: one pass over them serves the queries of all.
   func addLatents(
-    _ work: RowsWork, _ lowRank: LowRankRows, _ space: LatentSpace, _ range: Range<Int>, _ queries: QueryBlock,
-    _ partial: PartialBlock, _ kept: KeptWeights?, _ keptOffset: Int
+    _ members: UnsafeMutableBufferPointer<JoinedMember>, _ range: Range<Int>, _ space: LatentSpace
   ) {
-    let m = queries.rows
+    guard let first = members.first, let lowRank = first.work.lowRank else { return }
+    let all = members.count * first.queries.rows
     let keyRank = lowRank.keyBasis?.capacity ?? keyDim
     let valueRank = valueDim == 0 ? 0 : lowRank.valueBasis?.capacity ?? valueDim
     var layout = Layout()
-    let shift = space.memory + layout.take(m)
-    let turned = space.memory + layout.take(m * max(keyRank, keyDim))
+    let shift = space.memory + layout.take(all)
+    let turned = space.memory + layout.take(all * max(keyRank, keyDim))
     let inner = PartialBlock(
-      at: space.memory + layout.take(PartialBlock.floats(rows: m, valueDim: valueRank)), rows: m)
+      at: space.memory + layout.take(PartialBlock.floats(rows: all, valueDim: valueRank)), rows: all)
     let outer = PartialBlock(
-      at: space.memory + layout.take(PartialBlock.floats(rows: m, valueDim: valueDim)), rows: m)
+      at: space.memory + layout.take(PartialBlock.floats(rows: all, valueDim: valueDim)), rows: first.queries.rows)
     let memory =
       space.memory
-      + layout.take(RowAttention.floats(rows: m, keyDim: max(keyRank, keyDim), valueDim: max(valueRank, valueDim)))
+      + layout.take(RowAttention.floats(rows: all, keyDim: max(keyRank, keyDim), valueDim: max(valueRank, valueDim)))
 
-    var latentQueries = queries
+    var queries = first.queries
     var own = LatentSpace(memory: space.memory, backend: space.backend)
     var tile: RotatedTile?
     if let basis = lowRank.keyBasis, let rotary = lowRank.rotary {
@@ -129,112 +130,82 @@ extension RowAttention {
         rows: space.memory + layout.take(LatentSpace.tileRows * keyDim), queries: turned,
         scratch: space.memory
           + layout.take(
-            Int(ckv_scratch_floats(UInt32(max(keyDim, keyRank)), UInt32(max(LatentSpace.tileRows, m))))),
+            Int(ckv_scratch_floats(UInt32(max(keyDim, keyRank)), UInt32(max(LatentSpace.tileRows, all))))),
         backend: space.backend)
-    } else if let basis = lowRank.keyBasis {
-      withUnsafePointer(to: basis.kernelRun) {
-        kernels.pointee.logits!(
-          $0, 0, UInt32(keyRank), queries.base, UInt32(m), keyDim, 1, turned, keyRank, scratch)
-      }
-      latentQueries.base = UnsafePointer(turned)
-      if let mean = lowRank.keyMean {
-        for row in 0..<m { shift[row] = scale * kernels.pointee.dot!(queries.base + row * keyDim, mean, keyDim) }
-        own.logitShift = UnsafePointer(shift)
-      }
-    }
-    inner.clear(rows: m, valueDim: valueRank)
-    var attention = RowAttention(
-      kernels: kernels, plan: plan, keyDim: tile == nil ? keyRank : keyDim, valueDim: valueRank, scale: scale,
-      softcap: softcap, slidingWindow: slidingWindow, rows: m, memory: memory)
-    attention.latent = own
-    attention.tile = tile
-    attention.addRows(work, range, latentQueries, inner, kept, keptOffset)
-
-    guard valueDim > 0, let basis = lowRank.valueBasis else {
-      space.backend.merge(inner, into: partial, rows: m, dim: valueDim)
-      return
-    }
-    outer.maxima.update(from: inner.maxima, count: m)
-    outer.sums.update(from: inner.sums, count: m)
-    outer.accumulators.update(repeating: 0, count: m * valueDim)
-    withUnsafePointer(to: basis.kernelRun) {
-      kernels.pointee.accumulate!(
-        $0, 0, UInt32(valueRank), inner.accumulators, UInt32(m), valueRank, outer.accumulators, valueDim, scratch)
-    }
-    if let mean = lowRank.valueMean {
-      for row in 0..<m where inner.sums[row] > 0 {
-        kernels.pointee.axpy!(outer.accumulators + row * valueDim, mean, inner.sums[row], valueDim)
-      }
-    }
-    space.backend.merge(outer, into: partial, rows: m, dim: valueDim)
-  }
-
-  /// Adds rows `range` of heads that share their latents: one pass over them serves the queries of all.
-  func addLatents(
-    _ members: UnsafeMutableBufferPointer<JoinedMember>, _ range: Range<Int>, _ space: LatentSpace
-  ) {
-    guard let first = members.first, let keyRank = first.work.lowRank?.keyBasis?.capacity,
-      let valueRank = first.work.lowRank?.valueBasis?.capacity
-    else { return }
-    let queries = first.queries
-    let (m, group) = (queries.rows, queries.group)
-    let all = members.count * m
-    var layout = Layout()
-    let shift = space.memory + layout.take(all)
-    let turned = space.memory + layout.take(all * keyRank)
-    let inner = PartialBlock(
-      at: space.memory + layout.take(PartialBlock.floats(rows: all, valueDim: valueRank)), rows: all)
-    let outer = PartialBlock(
-      at: space.memory + layout.take(PartialBlock.floats(rows: m, valueDim: valueDim)), rows: m)
-    let memory =
-      space.memory
-      + layout.take(RowAttention.floats(rows: all, keyDim: max(keyRank, keyDim), valueDim: max(valueRank, valueDim)))
-
-    // By token, then by head, as if all were heads of one group.
-    for (index, member) in members.enumerated() {
-      guard let lowRank = member.work.lowRank, let basis = lowRank.keyBasis else { continue }
-      for token in 0..<queries.tokens {
-        let source = member.queries.base + token * group * keyDim
-        let row = (token * members.count + index) * group
-        withUnsafePointer(to: basis.kernelRun) {
-          kernels.pointee.logits!(
-            $0, 0, UInt32(keyRank), source, UInt32(group), keyDim, 1, turned + row * keyRank, keyRank, scratch)
-        }
-        for own in 0..<group {
-          let product = lowRank.keyMean.map { kernels.pointee.dot!(source + own * keyDim, $0, keyDim) }
-          shift[row + own] = scale * (product ?? 0)
-        }
-      }
+    } else if lowRank.keyBasis != nil {
+      absorb(members, keyRank, into: turned, shift: shift)
+      queries.base = UnsafePointer(turned)
+      queries.group *= members.count
+      own.logitShift = lowRank.keyMean == nil ? nil : UnsafePointer(shift)
     }
     inner.clear(rows: all, valueDim: valueRank)
     var attention = RowAttention(
-      kernels: kernels, plan: plan, keyDim: keyRank, valueDim: valueRank, scale: scale, softcap: softcap,
-      slidingWindow: slidingWindow, rows: all, memory: memory)
-    attention.latent = LatentSpace(memory: space.memory, backend: space.backend)
-    attention.latent?.logitShift = UnsafePointer(shift)
-    let joined = QueryBlock(
-      base: turned, tokens: queries.tokens, group: members.count * group, firstPosition: queries.firstPosition)
-    attention.addRows(first.work, range, joined, inner, nil, 0)
+      kernels: kernels, plan: plan, keyDim: tile == nil ? keyRank : keyDim, valueDim: valueRank, scale: scale,
+      softcap: softcap, slidingWindow: slidingWindow, rows: all, memory: memory)
+    attention.latent = own
+    attention.tile = tile
+    // Heads together leave nothing behind: see `joinsLatents`.
+    attention.addRows(first.work, range, queries, inner, first.kept, first.keptOffset)
+    if lowRank.valueBasis == nil || valueDim == 0 {
+      space.backend.merge(inner, into: first.partial, rows: all, dim: valueDim)
+    } else {
+      restore(inner, valueRank, members, by: outer, space.backend)
+    }
+  }
 
+  /// Runs of the query rows of member `index` of `count`: where each begins, and where it lies among the rows of all
+  /// members. Those are by token, then by head, as if all were heads of one group.
+  private func forEachRun(
+    _ queries: QueryBlock, _ index: Int, of count: Int, _ body: (_ row: Int, _ place: Int, _ rows: Int) -> Void
+  ) {
+    if count == 1 { return body(0, 0, queries.rows) }
+    for token in 0..<queries.tokens {
+      body(token * queries.group, (token * count + index) * queries.group, queries.group)
+    }
+  }
+
+  /// Queries times the bases of their heads, and times the means that were taken off the keys.
+  private func absorb(
+    _ members: UnsafeMutableBufferPointer<JoinedMember>, _ keyRank: Int, into target: UnsafeMutablePointer<Float>,
+    shift: UnsafeMutablePointer<Float>
+  ) {
+    for (index, member) in members.enumerated() {
+      guard let lowRank = member.work.lowRank, let basis = lowRank.keyBasis else { continue }
+      forEachRun(member.queries, index, of: members.count) { row, place, rows in
+        let source = member.queries.base + row * keyDim
+        withUnsafePointer(to: basis.kernelRun) {
+          kernels.pointee.logits!(
+            $0, 0, UInt32(keyRank), source, UInt32(rows), keyDim, 1, target + place * keyRank, keyRank, scratch)
+        }
+        guard let mean = lowRank.keyMean else { return }
+        for i in 0..<rows { shift[place + i] = scale * kernels.pointee.dot!(source + i * keyDim, mean, keyDim) }
+      }
+    }
+  }
+
+  /// Sums of latents times the bases of their heads, merged into the partials of these.
+  private func restore(
+    _ inner: PartialBlock, _ valueRank: Int, _ members: UnsafeMutableBufferPointer<JoinedMember>,
+    by outer: PartialBlock, _ backend: CPUBackend
+  ) {
     for (index, member) in members.enumerated() {
       guard let lowRank = member.work.lowRank, let basis = lowRank.valueBasis else { continue }
-      outer.accumulators.update(repeating: 0, count: m * valueDim)
-      for token in 0..<queries.tokens {
-        let row = (token * members.count + index) * group
-        let target = outer.accumulators + token * group * valueDim
+      outer.accumulators.update(repeating: 0, count: member.queries.rows * valueDim)
+      forEachRun(member.queries, index, of: members.count) { row, place, rows in
+        let target = outer.accumulators + row * valueDim
         withUnsafePointer(to: basis.kernelRun) {
           kernels.pointee.accumulate!(
-            $0, 0, UInt32(valueRank), inner.accumulators + row * valueRank, UInt32(group), valueRank, target, valueDim,
+            $0, 0, UInt32(valueRank), inner.accumulators + place * valueRank, UInt32(rows), valueRank, target, valueDim,
             scratch)
         }
-        for own in 0..<group {
-          outer.maxima[token * group + own] = inner.maxima[row + own]
-          outer.sums[token * group + own] = inner.sums[row + own]
-          guard let mean = lowRank.valueMean, inner.sums[row + own] > 0 else { continue }
-          kernels.pointee.axpy!(target + own * valueDim, mean, inner.sums[row + own], valueDim)
+        for i in 0..<rows {
+          outer.maxima[row + i] = inner.maxima[place + i]
+          outer.sums[row + i] = inner.sums[place + i]
+          guard let mean = lowRank.valueMean, inner.sums[place + i] > 0 else { continue }
+          kernels.pointee.axpy!(target + i * valueDim, mean, inner.sums[place + i], valueDim)
         }
       }
-      space.backend.merge(outer, into: member.partial, rows: m, dim: valueDim)
+      backend.merge(outer, into: member.partial, rows: member.queries.rows, dim: valueDim)
     }
   }
 
