@@ -13,7 +13,8 @@ struct CalibrateCommand: ParsableCommand {
       safetensors file that policy texts name, such as "matryoshka(calibration=\\"pca.safetensors\\")". Instead of a model, \
       --input takes a dump of another engine's cache (see kvlab apply).
 
-      pca        bases per KV head of keys as cached and of values
+      pca        bases per KV head of keys as cached and of values; with --rates search also the rank of each head, found \
+      by running the model for every step of every head (the more --together, the fewer rounds)
       rotatekv   the order of key channels by their size, before the rotary embedding
       cskv       factors for all heads of a layer, of keys before their rotary embedding and of values; --start says \
       whether they begin with the samples, the weights, or the weights scaled by their inputs (asvd)
@@ -39,6 +40,20 @@ struct CalibrateCommand: ParsableCommand {
   var context = 1024
   @Flag(inversion: .prefixedNo, help: "pca: take the mean off first.")
   var centred = true
+  @Option(help: "pca: ranks of heads by variance (when the file is used), or by a search that runs the model (search).")
+  var rates = "variance"
+  @Option(help: "pca with --rates search: share of all channels that stay.")
+  var share = 0.75
+  @Option(help: "pca with --rates search: channels a head gives up at a time.")
+  var step = 32
+  @Option(help: "pca with --rates search: channels that every head keeps.")
+  var floor = 32
+  @Option(help: "pca with --rates search: heads that give channels up in one round; 1 is the paper's algorithm.")
+  var together = 1
+  @Option(help: "pca with --rates search: pieces of text the model reads for every trial.")
+  var trialPieces = 2
+  @Option(help: "pca with --rates search: tokens of each, half of them compressed.")
+  var trialContext = 512
   @Option(help: "rotatekv: channels are ordered by magnitude or by sum.")
   var statistic = "magnitude"
   @Option(help: "rotatekv: heads that a Walsh-Hadamard transform mixes first, 0 for none.")
@@ -85,6 +100,19 @@ struct CalibrateCommand: ParsableCommand {
     options.refit = refit
     options.keyShare = keyShare
     options.valueShare = valueShare
+    switch rates {
+    case "variance": break
+    case "search":
+      var search = RateOptions()
+      search.share = share
+      search.step = step
+      search.floor = floor
+      search.together = together
+      search.pieces = trialPieces
+      search.context = trialContext
+      options.rates = search
+    default: throw KVError(.unknownName, "--rates is variance or search; got '\(rates)'")
+    }
     guard let statistic = ChannelStatistic(rawValue: statistic) else {
       throw KVError(.unknownName, "--statistic is magnitude or sum; got '\(statistic)'")
     }

@@ -37,6 +37,64 @@ import Testing
     }
   }
 
+  /// The model itself says which heads can do with half of their channels.
+  @Test func ranksByRunningTheModel() throws {
+    let engine = try Engine(directory: PackagedFiles.model(or: nil))
+    let texts = try PackagedFiles.readTexts(at: PackagedFiles.texts(or: nil))
+    var options = CalibrateOptions(method: "pca")
+    options.tokens = 200
+    options.context = 100
+    var rates = RateOptions()
+    rates.together = 8
+    rates.share = 0.875
+    rates.pieces = 1
+    rates.context = 48
+    options.rates = rates
+    let made = try CalibrationRun(options).run(engine, texts: texts, NoProgress())
+    func ranks(_ made: Calibration) throws -> [Int] {
+      try engine.model.config.shape.layers.indices.flatMap { layer in
+        try Calibration.Side.allCases.flatMap {
+          try made.integers("ranks", of: $0, layer: layer, shape: [2], in: 1...64)
+        }
+      }
+    }
+    let found = try ranks(made)
+    #expect(found.count { $0 == 32 } == 8 && found.count { $0 == 64 } == 24)
+    // Eight others cost more.
+    let pieces = try CalibrationRun.trialPieces(
+      of: texts.map { engine.tokenizer.encode($0) }, prefix: engine.promptPrefix, rates)
+    let trial = try RateTrial(engine.model, pieces: pieces, .cpu())
+    var left = 8
+    var tensors = made.tensors
+    for layer in engine.model.config.shape.layers.indices {
+      for side in Calibration.Side.allCases {
+        let own = try made.integers("ranks", of: side, layer: layer, shape: [2], in: 1...64).map { rank -> Int32 in
+          if rank == 64, left > 0 {
+            left -= 1
+            return 32
+          }
+          return 64
+        }
+        tensors[.init(layer: layer, side: side, quantity: "ranks")] = .init(shape: [2], integers: own)
+      }
+    }
+    let chosen = try trial.divergence(made)
+    #expect(chosen > 0)
+    #expect(try chosen < trial.divergence(Calibration(tensors, metadata: made.metadata)))
+    let path = FileManager.default.temporaryDirectory.appending(path: "ranks-\(UUID()).safetensors").path()
+    defer { try? FileManager.default.removeItem(atPath: path) }
+    try made.write(to: path)
+    let policy = try PolicyRegistry.standard.policy("matryoshka(calibration=\"\(path)\",rates=file)")
+    _ = try KVCache(shape: engine.model.config.shape, policy: policy, backend: .cpu(threads: 1))
+    options.method = "cskv"
+    #expect { try CalibrationRun(options) } throws: { ($0 as? KVError)?.code == .invalidOption }
+    options.method = "pca"
+    options.rates?.context = 1_000_000
+    #expect { try CalibrationRun(options).run(engine, texts: texts, NoProgress()) } throws: {
+      ($0 as? KVError)?.code == .missingInput
+    }
+  }
+
   @Test func piecesOfTexts() throws {
     var options = CalibrateOptions(method: "pca")
     options.context = 4

@@ -17,6 +17,8 @@ package struct CalibrateOptions: Sendable {
   /// Tokens of samples, and of each piece of text.
   package var tokens = 16384
   package var context = 1024
+  /// Ranks of a search that runs the model, for `pca`; nil: none.
+  package var rates: RateOptions?
 
   package init(method: String) { self.method = method }
 
@@ -24,11 +26,20 @@ package struct CalibrateOptions: Sendable {
 
   /// - Throws: `unknownName`, `invalidOption`.
   package func calibration() throws(KVError) -> CalibrationMethod {
+    guard rates == nil || method == "pca" else {
+      throw KVError(.invalidOption, "ranks are searched for the bases of pca; got '\(method)'")
+    }
     guard tokens >= 1, context >= 1 else {
       throw KVError(.invalidOption, "--tokens and --context must be at least 1; got \(tokens) and \(context)")
     }
     switch method {
-    case "pca": return .principalComponents(centred: centred)
+    case "pca":
+      if let rates, rates.pieces < 1 || rates.context < 2 {
+        throw KVError(
+          .invalidOption,
+          "a search of ranks takes at least 1 piece of 2 tokens; got \(rates.pieces) of \(rates.context)")
+      }
+      return .principalComponents(centred: centred)
     case "rotatekv": return try .channelOrder(by: statistic, rotatedHeads: rotatedHeads, perHead: perHead)
     case "cskv": return try .shrunkChannels(start: start, keys: keyShare, values: valueShare, refit: refit)
     default:
@@ -36,6 +47,19 @@ package struct CalibrateOptions: Sendable {
         .unknownName, "--method is one of \(Self.methods.joined(separator: ", ")); got '\(method)'")
     }
   }
+}
+
+/// A search of each head's rank.
+package struct RateOptions: Sendable {
+  package var share = 0.75
+  package var step = 32
+  package var floor = 32
+  package var together = 1
+  /// Pieces of text, and tokens of each: the first half is compressed, the predictions of the second are compared.
+  package var pieces = 2
+  package var context = 512
+
+  package init() {}
 }
 
 /// A calibration over texts that a model reads, or over a dump of another engine's cache.
@@ -59,9 +83,11 @@ package struct CalibrationRun {
   ) throws(KVError) -> Calibration {
     let calibrator = try Calibrator(method, shape: engine.model.config.shape)
     if method.wantsProjections { try setProjections(engine.model, calibrator) }
-    let pieces = pieces(of: texts.map { engine.tokenizer.encode($0) }, prefix: engine.promptPrefix)
+    let encoded = texts.map { engine.tokenizer.encode($0) }
+    let pieces = pieces(of: encoded, prefix: engine.promptPrefix)
     guard !pieces.isEmpty else { throw KVError(.missingInput, "a calibration needs a text; all are empty") }
-    progress.begin(steps: pieces.count + engine.model.config.layerCount)
+    let trials = options.rates == nil ? 0 : 100
+    progress.begin(steps: pieces.count + engine.model.config.layerCount + trials)
     defer { progress.end() }
     let backend = try Backend.cpu()
     for piece in pieces {
@@ -73,7 +99,43 @@ package struct CalibrationRun {
         _ = try session.forward(Array(piece[start..<min(start + 512, piece.count)]), logits: .none)
       }
     }
-    return try calibrator.finish { _ in progress.advance("factors") }
+    let made = try calibrator.finish { _ in progress.advance("factors") }
+    guard let rates = options.rates else { return made }
+    let search = try RateSearch(
+      made, share: rates.share, step: rates.step, floor: rates.floor, together: rates.together)
+    let trial = try RateTrial(
+      engine.model, pieces: Self.trialPieces(of: encoded, prefix: engine.promptPrefix, rates), backend)
+    var shown = 0
+    return try search.run { done in
+      while shown < min(trials, Int(done * Double(trials))) {
+        progress.advance("ranks")
+        shown += 1
+      }
+    } divergence: { (ranks) throws(KVError) in
+      try trial.divergence(ranks)
+    }
+  }
+
+  /// The first pieces of the texts, one of each as long as there are texts.
+  package static func trialPieces(
+    of texts: [[Int]], prefix: [Int], _ rates: RateOptions
+  ) throws(KVError) -> [[Int]] {
+    let own = max(1, rates.context - prefix.count)
+    var pieces: [[Int]] = []
+    var round = 0
+    while pieces.count < rates.pieces {
+      let fitting = texts.filter { $0.count >= (round + 1) * own }
+      guard !fitting.isEmpty else {
+        throw KVError(
+          .missingInput,
+          "a search of ranks wants \(rates.pieces) pieces of \(rates.context) tokens; the texts give \(pieces.count)")
+      }
+      for text in fitting where pieces.count < rates.pieces {
+        pieces.append(prefix + text[round * own..<(round + 1) * own])
+      }
+      round += 1
+    }
+    return pieces
   }
 
   /// At most `context` tokens each, `tokens` in all.
@@ -144,6 +206,9 @@ package struct CalibrationRun {
   /// - Throws: `missingInput` for a method that wants weights, or keys before their rotary embedding where the dump says
   ///   nothing about it; what the dump and the calibration throw.
   package func run(_ dump: CacheDump, _ progress: any Progress) throws(KVError) -> Calibration {
+    guard options.rates == nil else {
+      throw KVError(.missingInput, "a search of ranks runs the model; a dump has none")
+    }
     guard !method.wantsProjections else {
       throw KVError(.missingInput, "a dump has no weights; start with samples (--start samples)")
     }
