@@ -29,29 +29,12 @@ extension CUDABackend {
     // Queries were looked at when they were captured: what is found here interests nobody.
     let found = try scratch.columns.bytes(Self.faultBytes + (hasTotals ? 3 : 1) * total * 4, session)
     let columns = (found + Self.faultBytes).assumingMemoryBound(to: Float.self)
-    let plan = AttentionPlan()
-    plan.slices = ContiguousArray(request.slices)
-    var next = 0
-    for rows in request.heads {
-      var work = rows
-      work.score = columns + next
-      plan.rows.append(work)
-      next += rows.count
-    }
-    // Nothing is written to an output of no channels.
-    plan.sequences.append(
-      SequenceWork(
-        queries: UnsafeRawPointer(request.queries), queryType: .f32,
-        queryHeadStride: request.window * request.keyDim, queryTokenStride: request.keyDim, output: columns,
-        outputHeadStride: 0, outputTokenStride: 0, logSumExp: nil, tokens: request.window,
-        kvHeads: (request.heads.map(\.kvHead).max() ?? 0) + 1, group: request.group, keyDim: request.keyDim,
-        valueDim: 0, scale: request.scale, softcap: request.softcap, firstPosition: request.firstPosition,
-        slidingWindow: 0, rotary: nil, work: 0..<plan.rows.count))
+    let plan = windowPlan(request, to: columns)
     let staging = CUDADescriptions.Staging(queries: !session.accessible(request.queries), output: false)
     try describe(plan, [staging], &scratch, whole: true)
     let shares = try addShares(request, &scratch)
     var work = -1
-    next = 0
+    var next = 0
     for index in scratch.plan.statistics.indices {
       // One statistic for each list of rows that is not empty, in their order.
       repeat { work += 1 } while request.heads[work].count == 0
@@ -76,6 +59,40 @@ extension CUDABackend {
       }
       next += rows.count
     }
+  }
+
+  /// Scores of the window, one list after another in memory of the card; nothing waits.
+  func attendWindow(
+    _ request: WindowScoreRequest, to target: UnsafeMutableRawPointer, _ scratch: inout Scratch
+  ) throws(KVError) {
+    let plan = windowPlan(request, to: target.assumingMemoryBound(to: Float.self))
+    let staging = CUDADescriptions.Staging(queries: !session.accessible(request.queries), output: false)
+    try describe(plan, [staging], &scratch, whole: true)
+    let found = try scratch.columns.bytes(Self.faultBytes, session)
+    try run(plan, &scratch, window: request.kernelRule, found: found)
+  }
+
+  /// Attention without outputs, whose statistics go to `columns`, one list of rows after another.
+  private func windowPlan(_ request: WindowScoreRequest, to columns: UnsafeMutablePointer<Float>) -> AttentionPlan {
+    let plan = AttentionPlan()
+    plan.slices = ContiguousArray(request.slices)
+    var next = 0
+    for rows in request.heads {
+      var work = rows
+      work.score = columns + next
+      plan.rows.append(work)
+      next += rows.count
+    }
+    // Nothing is written to an output of no channels.
+    plan.sequences.append(
+      SequenceWork(
+        queries: UnsafeRawPointer(request.queries), queryType: .f32,
+        queryHeadStride: request.window * request.keyDim, queryTokenStride: request.keyDim, output: columns,
+        outputHeadStride: 0, outputTokenStride: 0, logSumExp: nil, tokens: request.window,
+        kvHeads: (request.heads.map(\.kvHead).max() ?? 0) + 1, group: request.group, keyDim: request.keyDim,
+        valueDim: 0, scale: request.scale, softcap: request.softcap, firstPosition: request.firstPosition,
+        slidingWindow: 0, rotary: nil, work: 0..<plan.rows.count))
+    return plan
   }
 
   /// For every list of rows: what an even share is for each query of the window, and which rows it sees. In pinned

@@ -33,6 +33,8 @@ package final class CUDABackend: ComputeBackend {
   let session: CUDASession
   /// For what lies in ordinary memory and is not worth a trip over the bus.
   let host: CPUBackend
+  /// Scores from which on rows are chosen on the card: fewer are looked at in less than a launch takes.
+  let leastSelected: Int
   /// One call at a time: the stream is one, and so is the memory for descriptions and intermediate results.
   private let lock = Mutex<Void>(())
   /// Touched under the lock only, by `exclusively`.
@@ -61,8 +63,9 @@ package final class CUDABackend: ComputeBackend {
 
   package init(
     driver: UnsafePointer<ckv_cuda_driver>, device: Int, context: UnsafeMutableRawPointer? = nil,
-    stream: UnsafeMutableRawPointer? = nil
+    stream: UnsafeMutableRawPointer? = nil, leastSelected: Int = 4096
   ) throws(KVError) {
+    self.leastSelected = leastSelected
     guard device >= 0, device < 1 << 16 else {
       throw KVError(.invalidOption, "CUDA devices are counted from 0; got \(device)")
     }

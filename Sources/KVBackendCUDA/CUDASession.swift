@@ -132,6 +132,9 @@ final class CUDASession: Sendable {
     if let error { throw error }
   }
 
+  /// Whether no error is waiting to be thrown.
+  var isWell: Bool { failure.withLock { $0 == nil } }
+
   // MARK: Calls whose failure is kept
 
   private func keep(_ code: Int32, _ call: @autoclosure () -> String) {
@@ -236,6 +239,8 @@ enum CUDAKernel: Int, CaseIterable {
   case channelRange, compare, normalise, nearest, turn, turnKeys, mix, scan, addRows, restoreRows, turnChannels,
     scaleRows,
     placeRows
+  // select.cu
+  case pool, select
 
   /// The name in the sources.
   var name: String {
@@ -280,12 +285,14 @@ enum CUDAKernel: Int, CaseIterable {
     case .turnChannels: "kv_turn_channels"
     case .scaleRows: "kv_scale_rows"
     case .placeRows: "kv_place_rows"
+    case .pool: "kv_pool"
+    case .select: "kv_select"
     }
   }
 
   static let modules: [(String, [CUDAKernel])] = [
     ("attend", members(.prepare, .window)), ("rows", members(.nonfinite, .toBlocks)),
-    ("measure", members(.channelRange, .placeRows)),
+    ("measure", members(.channelRange, .placeRows)), ("select", members(.pool, .select)),
   ]
 
   private static func members(_ first: CUDAKernel, _ last: CUDAKernel) -> [CUDAKernel] {

@@ -77,7 +77,7 @@ extension Selection {
 
 /// Attention of the last `window` queries, pooled over neighbouring rows. Rows of the window itself score 0: a router
 /// protects them.
-public struct WindowAttention: Scorer {
+public struct WindowAttention: Scorer, WindowScorer {
   public let window: Int
   public let kernel: Int
   public let pooling: Pooling

@@ -172,6 +172,8 @@ static void atomicMin(unsigned long long *place, unsigned long long value) {
   if (value < *place) *place = value;
 }
 
+static void atomicAdd(uint32_t *place, uint32_t value) { *place += value; }
+
 static inline float kv_half(uint16_t bits) {
   _Float16 h;
   memcpy(&h, &bits, 2);
@@ -230,6 +232,7 @@ static void kv_mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
 #include "../../Sources/CKVCUDA/kernels/attend.cu"
 #include "../../Sources/CKVCUDA/kernels/measure.cu"
 #include "../../Sources/CKVCUDA/kernels/rows.cu"
+#include "../../Sources/CKVCUDA/kernels/select.cu"
 
 namespace {
 
@@ -316,6 +319,8 @@ const std::map<std::string, Call> kernels = {
     KERNEL(kv_turn_channels),
     KERNEL(kv_scale_rows),
     KERNEL(kv_place_rows),
+    KERNEL(kv_pool),
+    KERNEL(kv_select),
 };
 
 // Device memory: pages that nobody may touch but kernels and copies.

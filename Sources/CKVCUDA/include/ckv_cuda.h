@@ -38,7 +38,7 @@ typedef struct ckv_cuda_driver {
 /* The driver of this machine, or null with a sentence about what was looked for and not found. */
 const ckv_cuda_driver *ckv_cuda_load_driver(const char **why);
 
-/* A compiled module by name ("attend", "rows", "measure"), zero-terminated PTX. */
+/* A compiled module by name ("attend", "rows", "measure", "select"), zero-terminated PTX. */
 const char *ckv_cuda_ptx(const char *name);
 
 #ifdef __cplusplus

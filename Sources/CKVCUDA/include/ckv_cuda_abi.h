@@ -156,6 +156,20 @@ typedef struct {
   float gamma;
 } kv_window_rule;
 
+/* Scores of one head, of which some rows are chosen: `take` of `count`, 1 or more. */
+typedef struct {
+  uint64_t scores; /* f32 */
+  uint32_t count, take;
+  uint32_t offset; /* is added to what is chosen */
+  uint32_t first;  /* of the chosen in the list of all heads */
+} kv_choice;
+
+/* Scores of one head that are pooled over neighbours: the first `past` of `count` rows, the others become 0. */
+typedef struct {
+  uint64_t source, target; /* f32 */
+  uint32_t count, past;
+} kv_pooled;
+
 /* A view of an engine's tensor, or a staged copy of one. */
 typedef struct {
   uint64_t base;

@@ -114,6 +114,14 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// Statistics of softmax(window queries x all rows) per KV head; see ``WindowScoreRequest``.
   func windowScores(_ request: WindowScoreRequest, into scores: inout ScoreTable)
 
+  /// Whether `selectLargest` is worth its call for so many scores: else they are looked at on the host.
+  func selectsRows(of scores: Int) -> Bool
+  /// Of every list the rows with the largest scores, of equal ones the earliest, ascending, list after list. None is NaN.
+  /// Nil where memory is short.
+  func selectLargest(_ choices: [RowChoice]) -> [UInt32]?
+  /// The same where scores are made and pooled by `choice`; see ``WindowChoice``. Nil where the host has to do it.
+  func selectByWindow(_ request: WindowScoreRequest, _ choice: WindowChoice) -> ChosenRows?
+
   /// Whether the backend factors rows and attends over latents: the three operations below.
   var holdsLatents: Bool { get }
 
@@ -170,6 +178,10 @@ extension ComputeBackend {
   package func require(_ observer: any AttentionObserver) throws(KVError) {}
   package var movesOverlappingRows: Bool { true }
   package var hasWindowStatistics: Bool { true }
+
+  package func selectsRows(of scores: Int) -> Bool { false }
+  package func selectLargest(_ choices: [RowChoice]) -> [UInt32]? { nil }
+  package func selectByWindow(_ request: WindowScoreRequest, _ choice: WindowChoice) -> ChosenRows? { nil }
 
   package var turnsKeys: Bool { false }
 

@@ -144,3 +144,42 @@ package struct KeyTurn {
     self.by = by
   }
 }
+
+/// Scores of one head, of which some rows are chosen.
+package struct RowChoice {
+  package var scores: UnsafePointer<Float>
+  package var count: Int
+  /// 1...count.
+  package var take: Int
+  /// Is added to the rows that are chosen.
+  package var offset: Int
+
+  package init(scores: UnsafePointer<Float>, count: Int, take: Int, offset: Int) {
+    self.scores = scores
+    self.count = count
+    self.take = take
+    self.offset = offset
+  }
+}
+
+/// How rows are chosen by the statistics of a window: pooled over neighbours, then the largest of each head.
+package struct WindowChoice {
+  package var kernel: Int
+  package var pooling: Pooling
+  /// Of each head: rows before the window, which are pooled; those after score 0.
+  package var past: [Int]
+  /// Of each head: the rows that are chosen from, and how many.
+  package var candidates: [Range<Int>]
+  package var take: [Int]
+}
+
+/// What was chosen, head after head, ascending; or the first score that is NaN.
+package struct ChosenRows {
+  package var rows: [UInt32]
+  package var nan: (head: Int, row: Int)?
+
+  package init(rows: [UInt32], nan: (head: Int, row: Int)? = nil) {
+    self.rows = rows
+    self.nan = nan
+  }
+}

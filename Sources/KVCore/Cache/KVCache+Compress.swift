@@ -258,6 +258,8 @@ extension KVCache {
     let protection = policy.router.protection
     var views: [LayerView] = []
     var requests: [AllocationRequest] = []
+    // Where a device chose already, by scores that stayed there.
+    var routed: [Routing?] = []
     for state in states {
       let budgets = resolvedBudgets(state, room: room)
       let rows = (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }
@@ -275,9 +277,24 @@ extension KVCache {
         request.scores = stored.table
         views.append(view)
         requests.append(request)
+        routed.append(nil)
         continue
       }
       if wanted { try checkObserved(state) }
+      if wanted, let windowSelection, rows.contains(where: { $0 > 0 }) {
+        let routing: Routing?
+        do throws(KVError) {
+          routing = try view.route(windowSelection, kept: zip(rows, budgets).map { min($0, $1) })
+        } catch {
+          throw error.at(layer: state.layer)
+        }
+        if let routing {
+          views.append(view)
+          requests.append(request)
+          routed.append(routing)
+          continue
+        }
+      }
       if wanted, rows.contains(where: { $0 > 0 }), let scorer = policy.scorer {
         do throws(KVError) {
           try scorer.score(view, into: &request.scores)
@@ -289,6 +306,7 @@ extension KVCache {
       }
       views.append(view)
       requests.append(request)
+      routed.append(nil)
     }
     let kept = cascading ? try policy.allocator.cascade(requests) : try policy.allocator.allocate(requests)
     try check(kept, for: requests)
@@ -300,7 +318,11 @@ extension KVCache {
         var outcomes = Routing()
         outcomes.reset(like: requests[index].scores)
         do throws(KVError) {
-          try policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
+          if let chosen = routed[index] {
+            outcomes = chosen
+          } else {
+            try policy.router.route(views[index], scores: requests[index].scores, kept: kept[index], into: &outcomes)
+          }
           try outcomes.checkMerges(of: views[index])
         } catch {
           throw error.at(layer: state.layer)

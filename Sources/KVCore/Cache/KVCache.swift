@@ -47,6 +47,7 @@ public final class KVCache {
   package let cachedLayers: Int
   /// How decoding evicts without a plan, where it can.
   package let inPlace: InPlaceEviction?
+  package let windowSelection: WindowSelection?
   /// What the columns of new rows start with; reused by every append.
   package var seed: [Float] = []
   /// The weights of the step in work, for observers that fold.
@@ -99,6 +100,7 @@ public final class KVCache {
     queriesWhileDecoding = (needed.queriesWhileDecoding || probes != nil) && observesWhileDecoding
     sumsInPlace = needed.observer is AttentionSum
     inPlace = InPlaceEviction(policy)
+    windowSelection = WindowSelection(policy)
     cachedLayers = shape.layers.count(where: \.cached)
     engineInputs = inputs
   }

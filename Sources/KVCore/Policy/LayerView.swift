@@ -215,6 +215,23 @@ public final class LayerView {
     guard backend.hasWindowStatistics || statistic == .sum && !totals else {
       throw KVError(.unsupported, "\(backend.name) sums window attention and has no other statistics", layer: layer)
     }
+    let queries = try windowQueries(window)
+    let wanted = min(window, observableTokens)
+    for head in 0..<kvHeads { for row in 0..<rowCount(head: head) { scores[head, row] = 0 } }
+    var headTotals = totals ? Array(repeating: WindowTotals(), count: kvHeads) : []
+    headTotals.withUnsafeMutableBufferPointer {
+      addWindow(
+        queries, count: wanted, firstPosition: tokensSeen - wanted, reduction: reduction,
+        keyWork(), statistic: statistic, totals: totals ? $0.baseAddress : nil, into: &scores)
+    }
+    return headTotals.reduce(into: WindowTotals()) {
+      $0.entropy += $1.entropy
+      $0.variance += $1.variance
+    }
+  }
+
+  /// The newest queries, [queryHeads][min(window, tokens that can have been observed)][keyDim].
+  func windowQueries(_ window: Int) throws(KVError) -> [Float] {
     let wanted = min(window, observableTokens)
     guard let queryWindow, wanted > 0, queryWindow.count >= wanted else {
       throw KVError(
@@ -223,17 +240,7 @@ public final class LayerView {
           + "Attend through the cache, or call observe(layer:queries:) for every append",
         layer: layer)
     }
-    for head in 0..<kvHeads { for row in 0..<rowCount(head: head) { scores[head, row] = 0 } }
-    var headTotals = totals ? Array(repeating: WindowTotals(), count: kvHeads) : []
-    headTotals.withUnsafeMutableBufferPointer {
-      addWindow(
-        queryWindow.newest(wanted), count: wanted, firstPosition: tokensSeen - wanted, reduction: reduction,
-        keyWork(), statistic: statistic, totals: totals ? $0.baseAddress : nil, into: &scores)
-    }
-    return headTotals.reduce(into: WindowTotals()) {
-      $0.entropy += $1.entropy
-      $0.variance += $1.variance
-    }
+    return queryWindow.newest(wanted)
   }
 
   /// The keys of every head and segment, described for a backend.

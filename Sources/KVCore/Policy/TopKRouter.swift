@@ -32,6 +32,7 @@ public struct TopKRouter: Router {
 
   public func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) {
     var splits: [BudgetSplit] = []
+    if rule == nil, selectsElsewhere(layer, scores, kept, into: &routing) { return }
     for head in 0..<scores.headCount {
       let count = scores.rowCount(head: head)
       let split = protection.split(kept: kept[head], of: count)
@@ -56,6 +57,42 @@ public struct TopKRouter: Router {
       }
     }
     rule?.choose(layer, scores: scores, splits: splits, into: &routing)
+  }
+}
+
+extension TopKRouter {
+  /// The same choice by the backend, where that is worth a call. False: it was not made.
+  private func selectsElsewhere(
+    _ layer: LayerView, _ scores: ScoreTable, _ kept: [Int], into routing: inout Routing
+  ) -> Bool {
+    let splits = (0..<scores.headCount).map { protection.split(kept: kept[$0], of: scores.rowCount(head: $0)) }
+    guard layer.backend.selectsRows(of: splits.reduce(0) { $0 + $1.candidates.count }) else { return false }
+    let chosen = scores.values.withUnsafeBufferPointer { values -> [UInt32]? in
+      guard let base = values.baseAddress else { return nil }
+      let choices = splits.enumerated().compactMap { head, split -> RowChoice? in
+        if split.chosen == 0 { return nil }
+        let first = split.candidates.lowerBound
+        return RowChoice(
+          scores: base + scores.range(head: head).lowerBound + first, count: split.candidates.count,
+          take: split.chosen, offset: first)
+      }
+      return choices.isEmpty ? [] : layer.backend.selectLargest(choices)
+    }
+    guard let chosen else { return false }
+    send(splits, chosen, others: others, into: &routing)
+    return true
+  }
+
+  /// Sinks, window and what was chosen, head after head, to tier 0.
+  func send(_ splits: [BudgetSplit], _ chosen: [UInt32], others: Routing.Outcome, into routing: inout Routing) {
+    var next = 0
+    for (head, split) in splits.enumerated() {
+      routing.send(head: head, rows: split.sinkRange, to: .tier(0))
+      routing.send(head: head, rows: split.candidates, to: others)
+      routing.send(head: head, rows: split.windowRange, to: .tier(0))
+      for index in next..<next + split.chosen { routing[head, Int(chosen[index])] = .tier(0) }
+      next += split.chosen
+    }
   }
 }
 
