@@ -82,8 +82,7 @@ CKV_INLINE void b_decode_scaled(const ckv_run *run, const uint32_t code, uint32_
   }
 }
 
-/* iq4_nl's values: fixed by the format. */
-static const int8_t b_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int8_t b_iq4_values[16] = CKV_IQ4_VALUES;
 
 CKV_INLINE uint16_t b_half_at(const uint8_t *p) {
   uint16_t h;

@@ -62,9 +62,28 @@ bool ckv_level_supported(size_t index) {
 
 #elif defined(__aarch64__)
 
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static bool cpu_has_dot(void) {
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+}
+#elif defined(__linux__)
+#include <sys/auxv.h>
+
+static bool cpu_has_dot(void) { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; } /* HWCAP_ASIMDDP */
+#else
+static bool cpu_has_dot(void) { return false; }
+#endif
+
 /* NEON with f16 conversions is part of baseline A64. */
 size_t ckv_level_count(void) { return 2; }
-const ckv_kernels *ckv_level(size_t index) { return index == 0 ? &ckv_neon : index == 1 ? &ckv_portable : NULL; }
+const ckv_kernels *ckv_level(size_t index) {
+  if (index == 0) return cpu_has_dot() ? &ckv_neon_dot : &ckv_neon;
+  return index == 1 ? &ckv_portable : NULL;
+}
 bool ckv_level_supported(size_t index) { return index < 2; }
 
 #else
@@ -138,6 +157,8 @@ size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
   values = at_least(values, at_least(ckv_sums_scratch_floats(dim), ckv_avx2_scratch_floats(dim)));
   values = at_least(values, ckv_blocks_scratch_floats());
   if (m >= CKV_MANY_QUERIES) values = at_least(values, ckv_bf16_scratch_floats(dim, m));
+#elif defined(__aarch64__)
+  keys = at_least(keys, ckv_dot_scratch_floats(dim));
 #endif
   return at_least(at_least(rows, keys), values);
 }

@@ -23,6 +23,9 @@
 /* From how many query rows on the vector levels convert rows to a tile of f32 first. */
 #define CKV_MANY_QUERIES 12u
 
+/* iq4_nl's values: fixed by the format. */
+#define CKV_IQ4_VALUES {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}
+
 /* Rows the levels decode at a time when they work from an f32 tile. ckv_scratch_floats counts on it. */
 #define CKV_TILE_ROWS 32u
 
@@ -228,6 +231,10 @@ void ckv_accumulate_bf16(const ckv_run *run, uint32_t first, uint32_t count, con
 size_t ckv_bf16_scratch_floats(uint32_t dim, uint32_t m);
 #elif defined(__aarch64__)
 extern const ckv_kernels ckv_neon;
+extern const ckv_kernels ckv_neon_dot; /* the same with dot products of bytes; the same name, chosen by the CPU */
+void ckv_logits_dot(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
+                    float scale, float *out, size_t ld, float *scratch);
+size_t ckv_dot_scratch_floats(uint32_t dim);
 #endif
 
 #endif

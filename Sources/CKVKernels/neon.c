@@ -20,4 +20,5 @@
 #include "lanes_table.h"
 
 const ckv_kernels ckv_neon = V_TABLE("neon", logits, accumulate);
+const ckv_kernels ckv_neon_dot = V_TABLE("neon", ckv_logits_dot, accumulate);
 #endif

@@ -75,7 +75,10 @@ int run_check(const char *name) {
   else if (!products) printf("products of bf16: not supported by this CPU, skipped\n");
 #if defined(__x86_64__)
   extern const ckv_kernels ckv_avx512; /* the level without VNNI, which this CPU's table may not be */
-  if (ckv_level_supported(0) && (!name || strcmp(name, "avx512") == 0)) check_attention_affine(&ckv_avx512);
+  if (ckv_level_supported(0) && (!name || strcmp(name, "avx512") == 0)) check_attention_codes(&ckv_avx512);
+#elif defined(__aarch64__)
+  extern const ckv_kernels ckv_neon; /* the level without dot products */
+  if (ckv_level(0) != &ckv_neon) check_attention_codes(&ckv_neon);
 #endif
   printf("%ld passed, %ld failed\n", passed, failed);
   return failed ? 1 : 0;

@@ -25,7 +25,7 @@ void check_vectors(pair p);  /* softmax, exp_shift, axpy, scale, dot, convert, f
 void check_coding(pair p);   /* encode_channel, encode_row, decode */
 void check_attention(pair p); /* logits, accumulate */
 void check_map(pair p); /* hadamard, rows behind a map */
-void check_attention_affine(const ckv_kernels *k);
+void check_attention_codes(const ckv_kernels *k);
 void check_attention_bf16(const ckv_kernels *k);
 
 #endif

@@ -302,12 +302,15 @@ static void check_subject(const ckv_kernels *k, subject s) {
   release(&s);
 }
 
-/* What a level does with affine runs on CPUs that have less than this one. */
-void check_attention_affine(const ckv_kernels *k) {
+/* What a level does with codes on CPUs that have less than this one. */
+void check_attention_codes(const ckv_kernels *k) {
   static const uint32_t all_bits[] = {2, 3, 4, 8}, few_dims[] = {40, 80, 128, 192};
   for (size_t d = 0; d < 4; d++)
     for (size_t b = 0; b < 4; b++)
       check_subject(k, affine(CKV_AFFINE_CHANNEL, few_dims[d], 128, all_bits[b], 32, CKV_F16));
+  check_subject(k, scaled(CKV_SCALED_ROW, CKV_INT8, 67, 75, 4096, CKV_F16));
+  check_subject(k, scaled(CKV_SCALED_BLOCK, CKV_INT4, 128, 96, 16, CKV_F32));
+  check_subject(k, scaled(CKV_GGML, CKV_Q5_1, 96, 75, 32, CKV_F16));
 }
 
 /* What products of bf16 change. */
