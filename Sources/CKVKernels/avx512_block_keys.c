@@ -1,13 +1,13 @@
-/* logits over scaled integers and ggml's blocks with VNNI, for the level "avx512", up to CKV_MANY_QUERIES query
- * rows.
+/* logits over affine rows, scaled integers and ggml's blocks with VNNI, for the level "avx512", up to CKV_MANY_QUERIES
+ * query rows.
  *
- * Codes are made unsigned bytes (a zero point is taken off the sums), queries and weights 16-bit fixed point of two
- * signed digits each, so sums of products are exact integers; what is lost is one rounding of each query element to
- * 1/32639 of the largest of its row, and of each weight to 1/32639 of (the largest weight of 128 rows) times (the
- * largest scale of its block in them).
+ * Codes are made unsigned bytes (a zero point is taken off the sums) and queries 16-bit fixed point of two signed
+ * digits each, so sums of products are exact integers; what is lost is one rounding of each query element to 1/32639
+ * of the largest of its row.
  *
- * Keys: 16 rows of a block of 32 channels are transposed so that a lane is a row and a vector holds four channels of
- * every row. A sum of a lane is the sum of a row, and the scales of 16 rows are one vector. */
+ * 16 rows of a block of 32 channels are transposed so that a lane is a row and a vector holds four channels (a quad) of
+ * every row. A sum of a lane is the sum of a row, and the scales of 16 rows are one vector. Two such sets of rows go
+ * together, for every digit that is loaded to be used twice: loads are what runs out first. */
 #if defined(__x86_64__)
 #include "internal.h"
 
@@ -24,20 +24,38 @@
 
 #include "avx512_blocks.h"
 
-/* Queries as digits: [16 channels][pair of query rows][quad][query row of the pair][low, high]. */
+enum { SET = 16, ROWS = 2 * SET };
+
+/* What is known of the queries, and of the rows at hand. */
 typedef struct {
-  int32_t *digits;
+  int32_t *digits;  /* [16 positions][pair of query rows][quad][query row of the pair][low, high] */
   int32_t *offsets; /* [block][query row]: -zero times the sum of the query */
   float *sums;      /* [block][query row]: sum of the query over factor, for minima */
-  float *scales;    /* [block][row], and minima behind them */
-  float factor[QUERIES];
-} b_queries;
+  float factor[QUERIES], total[QUERIES]; /* 0 for query rows that are not there */
+  float *scales, *mins; /* [group][row] */
+  uint32_t group;       /* blocks of a group */
+  float *partials;      /* [query row][row]: registers are few */
+  uint8_t *rest;        /* room for rows that do not fill a tile */
+} b_work;
 
-CKV_INLINE void prepare(const ckv_run *run, const b_form f, const float *q, const uint32_t nq, size_t q_stride,
-                        float scale, b_queries *to) {
-  const uint32_t dim = run->dim;
+/* The channels of a block as the positions where their codes come out: vectors of 16. */
+CKV_INLINE void in_order(const b_form f, vf *first, vf *second) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  if (f.pairs) {
+    vf x = _mm512_permutex2var_ps(*first, even, *second);
+    *second = _mm512_permutex2var_ps(*first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), *second);
+    *first = x;
+  }
+  if (f.form == QUARTERS || f.form == THIRDS) {
+    const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    *first = _mm512_permutexvar_ps(fours, *first);
+    *second = _mm512_permutexvar_ps(fours, *second);
+  }
+}
+
+static void prepare(const ckv_run *run, const b_form f, const float *q, uint32_t nq, size_t q_stride, float scale,
+                    b_work *to) {
+  const uint32_t dim = run->dim;
   float up[QUERIES] = {0};
   for (uint32_t j = 0; j < nq; j++) {
     vf high = vf_zero();
@@ -55,11 +73,7 @@ CKV_INLINE void prepare(const ckv_run *run, const b_form f, const float *q, cons
         const float *from = q + j * q_stride + b * BLOCK;
         first = vf_load(from);
         second = vf_load(from + 16);
-        if (f.pairs) {
-          vf x = _mm512_permutex2var_ps(first, even, second);
-          second = _mm512_permutex2var_ps(first, odd, second);
-          first = x;
-        }
+        in_order(f, &first, &second);
       }
       fixed[0][j] = v_fixed(first, vf_set1(up[j]));
       fixed[1][j] = v_fixed(second, vf_set1(up[j]));
@@ -69,6 +83,7 @@ CKV_INLINE void prepare(const ckv_run *run, const b_form f, const float *q, cons
       int32_t total = _mm512_reduce_add_epi32(sum);
       to->offsets[b * QUERIES + j] = -(int32_t)f.zero * total;
       to->sums[b * QUERIES + j] = (float)total;
+      to->total[j] += (float)total;
     }
     for (uint32_t h = 0; h < 2; h++)
       for (uint32_t pair = 0; pair < 2; pair++)
@@ -77,195 +92,221 @@ CKV_INLINE void prepare(const ckv_run *run, const b_form f, const float *q, cons
   }
 }
 
-/* Quads of channels of a block in 16 rows: the codes at `at` in each of them. */
-CKV_INLINE void load_quads(const b_form f, const uint8_t *const p[ROWS], size_t at, __m512i x[8]) {
-  const size_t codes = at + f.codes;
-  if (f.form == BYTES) {
-    __m512i a[8], b[8];
-    CKV_UNROLL
-    for (uint32_t i = 0; i < 4; i++) {
-      a[i] = load2(p[i] + codes, p[4 + i] + codes);
-      a[4 + i] = load2(p[8 + i] + codes, p[12 + i] + codes);
-    }
-    CKV_UNROLL
-    for (uint32_t i = 0; i < 8; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    CKV_UNROLL
-    for (uint32_t i = 0; i < 8; i += 4) {
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    const __m512i sign = _mm512_set1_epi8((char)0x80);
-    CKV_UNROLL
-    for (uint32_t i = 0; i < 4; i++) {
-      x[i] = _mm512_xor_si512(_mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), sign);
-      x[4 + i] = _mm512_xor_si512(_mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd), sign);
-    }
-    return;
-  }
+/* The bytes of a block in a set of rows, transposed: lane r of x[i] is dword i of row r. */
+typedef struct {
+  __m512i x[4], high;
+} b_codes;
+
+/* Sixteen bytes of every row, `step` bytes apart. */
+CKV_INLINE void transpose16(const uint8_t *p, size_t step, __m512i x[4]) {
   __m512i a[4], b[4];
   CKV_UNROLL
-  for (uint32_t i = 0; i < 4; i++) a[i] = load4(p[i] + codes, p[4 + i] + codes, p[8 + i] + codes, p[12 + i] + codes);
+  for (uint32_t i = 0; i < 4; i++) {
+    const uint8_t *at = p + i * step;
+    a[i] = load4(at, at + 4 * step, at + 8 * step, at + 12 * step);
+  }
   CKV_UNROLL
   for (uint32_t i = 0; i < 4; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
-  a[0] = _mm512_unpacklo_epi64(b[0], b[2]);
-  a[1] = _mm512_unpackhi_epi64(b[0], b[2]);
-  a[2] = _mm512_unpacklo_epi64(b[1], b[3]);
-  a[3] = _mm512_unpackhi_epi64(b[1], b[3]);
-  const __m512i nibble = _mm512_set1_epi8(15);
-  CKV_UNROLL
-  for (uint32_t i = 0; i < 4; i++) {
-    x[i] = _mm512_and_si512(a[i], nibble);
-    x[4 + i] = _mm512_and_si512(_mm512_srli_epi16(a[i], 4), nibble);
-    if (f.form == TABLE) {
-      x[i] = table_bytes(x[i]);
-      x[4 + i] = table_bytes(x[4 + i]);
-    }
-  }
-  if (f.form == FIVES) {
-    uint32_t bits[ROWS];
-    CKV_UNROLL
-    for (uint32_t r = 0; r < ROWS; r++) memcpy(bits + r, p[r] + at + f.fifths, 4);
-    __m512i high = _mm512_loadu_si512(bits);
-    CKV_UNROLL
-    for (uint32_t k = 0; k < 8; k++) {
-      const char byte = (char)(k / 2), shift = (char)(k % 2 * 4);
-      __m512i spread = _mm512_shuffle_epi8(
-          high, _mm512_broadcast_i32x4(_mm_setr_epi8(byte, byte, byte, byte, (char)(byte + 4), (char)(byte + 4),
-                                                     (char)(byte + 4), (char)(byte + 4), (char)(byte + 8),
-                                                     (char)(byte + 8), (char)(byte + 8), (char)(byte + 8),
-                                                     (char)(byte + 12), (char)(byte + 12), (char)(byte + 12),
-                                                     (char)(byte + 12))));
-      __mmask64 set = _mm512_test_epi8_mask(spread, _mm512_set1_epi32((int)(0x08040201u << shift)));
-      x[k] = _mm512_or_si512(x[k], _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(16)));
-    }
-  }
+  x[0] = _mm512_unpacklo_epi64(b[0], b[2]);
+  x[1] = _mm512_unpackhi_epi64(b[0], b[2]);
+  x[2] = _mm512_unpacklo_epi64(b[1], b[3]);
+  x[3] = _mm512_unpackhi_epi64(b[1], b[3]);
 }
 
-/* The scales (and minima) of 16 rows, block by block. */
-CKV_INLINE void load_scales(const ckv_run *run, const b_form f, const uint8_t *const p[ROWS], uint32_t first, uint32_t n,
-                            uint32_t blocks, b_queries *q) {
-  if (f.halves) {
-    uint16_t *to = (uint16_t *)q->scales;
-    for (uint32_t b = 0; b < blocks; b++) {
-      CKV_UNROLL
-      for (uint32_t r = 0; r < ROWS; r++) {
-        const uint8_t *at = p[r] + (size_t)b * f.bytes;
-        memcpy(to + b * 32 + r, at, 2);
-        if (f.has_min) memcpy(to + b * 32 + 16 + r, at + 2, 2);
-      }
-    }
+CKV_INLINE __m128i load_eights(const uint8_t *p, size_t step) {
+  __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p));
+  return _mm_castps_si128(_mm_loadh_pi(low, (const __m64 *)(p + step)));
+}
+
+/* Eight bytes of every row. */
+CKV_INLINE void transpose8(const uint8_t *p, size_t step, __m512i x[2]) {
+  __m512 a[2];
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 2; i++) { /* rows 2i, 2i + 1 of each four */
+    const uint8_t *at = p + 2 * i * step;
+    __m512i y = _mm512_castsi128_si512(load_eights(at, step));
+    y = _mm512_inserti32x4(y, load_eights(at + 4 * step, step), 1);
+    y = _mm512_inserti32x4(y, load_eights(at + 8 * step, step), 2);
+    a[i] = _mm512_castsi512_ps(_mm512_inserti32x4(y, load_eights(at + 12 * step, step), 3));
+  }
+  x[0] = _mm512_castps_si512(_mm512_shuffle_ps(a[0], a[1], 0x88));
+  x[1] = _mm512_castps_si512(_mm512_shuffle_ps(a[0], a[1], 0xdd));
+  __asm__ volatile("" : "+v"(x[0]), "+v"(x[1]) : : "memory"); /* else all loads come first, and most are spilled */
+}
+
+/* What positions [16 h, 16 h + 16) of a block need that was not loaded for those before; `thirds`: the third bits. */
+CKV_INLINE void load_codes(const uint32_t form, const b_form *f, const uint8_t *p, size_t step, const uint8_t *thirds,
+                           const uint32_t h, b_codes *c) {
+  if (form == BYTES) {
+    transpose16(p + f->codes + 16 * h, step, c->x);
     return;
   }
-  for (uint32_t b = 0; b < (is_uniform(run) ? 1 : blocks); b++) scales_of(run, first, n, b, q->scales + b * 16);
+  if (h) return;
+  if (form == QUARTERS || form == THIRDS) transpose8(p, step, c->x);
+  else transpose16(p + f->codes, step, c->x);
+  if (form == FIVES) c->high = gather4(p + f->fifths, step);
+  if (form == THIRDS) c->high = gather4(thirds, step);
 }
 
-CKV_INLINE void key_rows(const ckv_run *run, const b_form f, uint32_t first, uint32_t n, const uint32_t nq,
-                         b_queries *q, float *out, size_t ld) {
-  const uint32_t blocks = run->dim / BLOCK;
-  const size_t row_bytes = (size_t)blocks * f.bytes;
-  const uint8_t *p[ROWS];
+/* `bit` in the bytes of every lane for which the lane's dword of `high` has a bit set: byte i looks at byte i of `bytes`
+ * for which of the dword's, and of `bits` for which bit of that. */
+CKV_INLINE __m512i high_bits(__m512i high, const uint32_t bytes, uint32_t bits, char bit) {
+  const __m512i where = _mm512_add_epi8(_mm512_set1_epi32((int)bytes),
+                                        _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)));
+  __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(high, where), _mm512_set1_epi32((int)bits));
+  return _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(bit));
+}
+
+/* Positions 16 h + 4 k ..< + 4 of a block, as unsigned bytes. */
+CKV_INLINE __m512i quad(const uint32_t form, __m512i sign, const b_codes *c, const uint32_t h, const uint32_t k) {
+  if (form == BYTES) return _mm512_xor_si512(c->x[k], sign);
+  if (form == QUARTERS || form == THIRDS) {
+    __m512i x = k ? _mm512_srli_epi16(c->x[h], 2 * k) : c->x[h];
+    x = _mm512_and_si512(x, _mm512_set1_epi8(3));
+    if (form == QUARTERS) return x;
+    return _mm512_or_si512(x, high_bits(c->high, 0x01010000u + 0x02020202u * h, 0x10011001u << k, 4));
+  }
+  __m512i x = _mm512_and_si512(h ? _mm512_srli_epi16(c->x[k], 4) : c->x[k], _mm512_set1_epi8(15));
+  if (form == TABLE) return table_bytes(x);
+  if (form == FIVES)
+    return _mm512_or_si512(x, high_bits(c->high, 0x01010101u * (2 * h + k / 2), 0x08040201u << (k % 2 * 4), 16));
+  return x;
+}
+
+/* Rows from p on, n of them of interest. */
+CKV_INLINE void key_rows(const uint32_t form, const b_form *f, uint32_t blocks, const bool uniform, const uint8_t *p,
+                         size_t step, uint32_t n, const uint32_t nq, const b_work *w, uint32_t rows, float *out,
+                         size_t ld) {
+  const size_t ahead = step * ROWS / blocks;
+  const __m512i sign = _mm512_set1_epi8(f->is_signed ? (char)0x80 : 0);
+  const bool has_min = f->has_min;
+  const vf zero = vf_set1((float)f->zero);
+  float *restrict partials = w->partials;
+  __m512i low[2][QUERIES], high[2][QUERIES];
   CKV_UNROLL
-  for (uint32_t r = 0; r < ROWS; r++) /* past the end the last row again */
-    p[r] = (const uint8_t *)run->data + (first + ckv_min_u32(r, n - 1)) * row_bytes;
-  for (size_t at = 0; at < row_bytes * ROWS; at += 64) __builtin_prefetch(p[0] + at + AHEAD);
-  load_scales(run, f, p, first, n, blocks, q);
-  const bool uniform = !f.halves && is_uniform(run);
-  vf sum[QUERIES];
-  CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j++) sum[j] = vf_zero();
+  for (uint32_t t = 0; t < 2 * nq; t++) {
+    vf_store(partials + t * SET, vf_zero());
+    low[t % 2][t / 2] = high[t % 2][t / 2] = _mm512_setzero_si512();
+  }
   for (uint32_t b = 0; b < blocks; b++) {
-    __m512i x[8], low[QUERIES], high[QUERIES];
-    load_quads(f, p, (size_t)b * f.bytes, x);
-    CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++) {
-      low[j] = _mm512_set1_epi32(q->offsets[b * QUERIES + j]);
-      high[j] = _mm512_setzero_si512();
-    }
-    const int32_t *digits = q->digits + b * 64;
-    CKV_UNROLL
-    for (uint32_t k = 0; k < 8; k++) {
+    const uint8_t *codes = p + (size_t)b * f->bytes, *thirds = p + blocks * 8 + b * 4;
+    const uint8_t *next = p + b * ahead + AHEAD;
+    for (size_t i = 0; i < ahead; i += 64) __builtin_prefetch(next + i);
+    if (!uniform)
       CKV_UNROLL
-      for (uint32_t j = 0; j < nq; j++) {
-        const int32_t *y = digits + (k / 4 * 2 + j / 2) * 16 + k % 4 * 4 + j % 2 * 2;
-        low[j] = _mm512_dpbusd_epi32(low[j], x[k], _mm512_set1_epi32(y[0]));
-        high[j] = _mm512_dpbusd_epi32(high[j], x[k], _mm512_set1_epi32(y[1]));
+      for (uint32_t t = 0; t < 2 * nq; t++) {
+        low[t % 2][t / 2] = _mm512_set1_epi32(w->offsets[b * QUERIES + t / 2]);
+        high[t % 2][t / 2] = _mm512_setzero_si512();
+      }
+    b_codes c[2];
+    const int32_t *digits = w->digits + b * 64;
+    CKV_UNROLL
+    for (uint32_t h = 0; h < 2; h++) {
+      load_codes(form, f, codes, step, thirds, h, &c[0]);
+      load_codes(form, f, codes + SET * step, step, thirds + SET * step, h, &c[1]);
+      CKV_UNROLL
+      for (uint32_t k = 0; k < 4; k++) {
+        __m512i x[2] = {quad(form, sign, &c[0], h, k), quad(form, sign, &c[1], h, k)};
+        CKV_UNROLL
+        for (uint32_t j = 0; j < nq; j++) {
+          const int32_t *y = digits + (h * 2 + j / 2) * 16 + k * 4 + j % 2 * 2;
+          const __m512i y0 = _mm512_set1_epi32(y[0]), y1 = _mm512_set1_epi32(y[1]);
+          CKV_UNROLL
+          for (uint32_t set = 0; set < 2; set++) {
+            low[set][j] = _mm512_dpbusd_epi32(low[set][j], x[set], y0);
+            high[set][j] = _mm512_dpbusd_epi32(high[set][j], x[set], y1);
+          }
+        }
       }
     }
-    vf s, mn = vf_zero();
-    if (f.halves) {
-      const uint16_t *at = (const uint16_t *)q->scales + b * 32;
-      s = vf_load_f16(at);
-      if (f.has_min) mn = vf_fma(vf_set1((float)f.zero), s, vf_load_f16(at + 16));
-    } else {
-      s = vf_load(q->scales + (uniform ? 0 : b * 16));
-    }
+    if (uniform) continue;
     CKV_UNROLL
-    for (uint32_t j = 0; j < nq; j++) {
-      vf x16 = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[j], 8), low[j]));
-      sum[j] = vf_fma(x16, s, sum[j]);
-      if (f.has_min) sum[j] = vf_fma(vf_set1(q->sums[b * QUERIES + j]), mn, sum[j]);
+    for (uint32_t set = 0; set < 2; set++) {
+      const uint32_t at = b / w->group * ROWS + set * SET;
+      const vf s = vf_load(w->scales + at), mn = has_min ? vf_fma(zero, s, vf_load(w->mins + at)) : zero;
+      CKV_UNROLL
+      for (uint32_t j = 0; j < nq; j++) {
+        vf x = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[set][j], 8), low[set][j]));
+        float *partial = partials + (2 * j + set) * SET;
+        x = vf_fma(x, s, vf_load(partial));
+        if (has_min) x = vf_fma(vf_set1(w->sums[b * QUERIES + j]), mn, x);
+        vf_store(partial, x);
+      }
     }
   }
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j++) {
-    vf y = sum[j] * vf_set1(q->factor[j]);
-    if (n == ROWS) vf_store(out + j * ld, y);
-    else vf_store_n(out + j * ld, y, n);
+  for (uint32_t set = 0; set < 2; set++) {
+    const uint32_t at = set * SET;
+    const vf s = vf_load(w->scales + at), mn = has_min ? vf_fma(zero, s, vf_load(w->mins + at)) : zero;
+    CKV_UNROLL
+    for (uint32_t j = 0; j < nq; j++) {
+      vf y = vf_load(partials + (2 * j + set) * SET);
+      if (uniform) {
+        const vf total = vf_set1(w->total[j]);
+        y = vf_fma(_mm512_cvtepi32_ps(high[set][j]), vf_set1(256), _mm512_cvtepi32_ps(low[set][j]));
+        y = vf_fma(-zero, total, y) * s;
+        if (has_min) y = vf_fma(total, mn, y);
+      }
+      y = y * vf_set1(w->factor[j]);
+      float *to = out + j * ld + set * SET;
+      if (j >= rows) continue;
+      if (n >= (set + 1) * SET) vf_store(to, y);
+      else if (n > set * SET) vf_store_n(to, y, n - set * SET);
+    }
   }
 }
 
-CKV_INLINE void key_logits(const ckv_run *run, const b_form f, uint32_t first, uint32_t count, const float *q,
-                           const uint32_t nq, size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
+#define B_KEYS(name, form)                                                                                           \
+  static __attribute__((noinline)) void keys_##name(const b_form *f, uint32_t blocks, bool uniform, const uint8_t *p, \
+                                                    size_t step, uint32_t n, uint32_t nq, const b_work *w,           \
+                                                    float *out, size_t ld) {                                         \
+    if (nq == 1) key_rows(form, f, blocks, uniform, p, step, n, 1, w, 1, out, ld);                                   \
+    else if (nq == 2) key_rows(form, f, blocks, uniform, p, step, n, 2, w, 2, out, ld);                              \
+    else key_rows(form, f, blocks, uniform, p, step, n, 4, w, nq, out, ld);                                          \
+  }
+B_FORMS(B_KEYS)
+
+/* For up to four query rows. */
+static void key_logits(const ckv_run *run, const b_form f, uint32_t first, uint32_t count, const float *q, uint32_t nq,
+                       size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
   const uint32_t dim = run->dim, blocks = dim / BLOCK;
-  b_queries queries = {.digits = (int32_t *)scratch};
-  queries.offsets = queries.digits + 2 * dim;
-  queries.sums = (float *)(queries.offsets + blocks * QUERIES);
-  queries.scales = queries.sums + blocks * QUERIES;
-  prepare(run, f, q, nq, q_stride, scale, &queries);
-  for (uint32_t i = 0; i < count; i += ROWS)
-    key_rows(run, f, first + i, ckv_min_u32(ROWS, count - i), nq, &queries, out + i, ld);
-}
-
-#define B_LOGITS(name, kind, code)                                                                                   \
-  static __attribute__((noinline)) void logits_##name(const ckv_run *run, uint32_t first, uint32_t count,            \
-                                                      const float *q, uint32_t m, size_t q_stride, float scale,      \
-                                                      float *out, size_t ld, float *scratch) {                       \
-    const b_form f = form_of(kind, code);                                                                            \
-    for (uint32_t j = 0; j < m; j += QUERIES) {                                                                      \
-      const float *y = q + j * q_stride;                                                                             \
-      float *to = out + j * ld;                                                                                      \
-      switch (ckv_min_u32(QUERIES, m - j)) {                                                                         \
-        case 1: key_logits(run, f, first, count, y, 1, q_stride, scale, to, ld, scratch); break;                     \
-        case 2: key_logits(run, f, first, count, y, 2, q_stride, scale, to, ld, scratch); break;                     \
-        case 3: key_logits(run, f, first, count, y, 3, q_stride, scale, to, ld, scratch); break;                     \
-        default: key_logits(run, f, first, count, y, 4, q_stride, scale, to, ld, scratch); break;                    \
-      }                                                                                                              \
-    }                                                                                                                \
+  const bool uniform = is_uniform(run);
+  const size_t step = row_bytes_of(run);
+  const uint8_t *p = (const uint8_t *)run->data + first * step;
+  b_work w = {.digits = (int32_t *)scratch};
+  w.offsets = w.digits + 2 * dim;
+  w.sums = (float *)(w.offsets + blocks * QUERIES);
+  w.scales = w.sums + blocks * QUERIES;
+  w.mins = w.scales + blocks * ROWS;
+  w.partials = w.mins + blocks * ROWS;
+  w.rest = (uint8_t *)(w.partials + QUERIES * ROWS);
+  w.group = uniform ? blocks : f.halves ? 1 : run->group / BLOCK;
+  prepare(run, f, q, nq, q_stride, scale, &w);
+  for (uint32_t i = 0; i < count; i += ROWS, p += ROWS * step) {
+    const uint32_t n = ckv_min_u32(ROWS, count - i);
+    if (n < ROWS) { /* there may be no memory behind the last row */
+      memset(w.rest, 0, ROWS * step);
+      memcpy(w.rest, p, n * step);
+      p = w.rest;
+    }
+    load_metadata(run, f, first + i, n, ROWS, w.scales, w.mins);
+#define B_CALL(name) keys_##name(&f, blocks, uniform, p, step, n, nq, &w, out + i, ld)
+    B_FOR_FORM(f, B_CALL);
+#undef B_CALL
   }
-B_LOGITS(int8, CKV_SCALED_ROW, CKV_INT8)
-B_LOGITS(int4, CKV_SCALED_ROW, CKV_INT4)
-B_LOGITS(q8_0, CKV_GGML, CKV_Q8_0)
-B_LOGITS(q5_0, CKV_GGML, CKV_Q5_0)
-B_LOGITS(q5_1, CKV_GGML, CKV_Q5_1)
-B_LOGITS(q4_0, CKV_GGML, CKV_Q4_0)
-B_LOGITS(q4_1, CKV_GGML, CKV_Q4_1)
-B_LOGITS(iq4_nl, CKV_GGML, CKV_IQ4_NL)
+}
 
 bool ckv_blocks_logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
                        size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
   if (!fits(run, m)) return false;
   if (count == 0 || m == 0) return true;
-#define B_CALL(name) logits_##name(run, first, count, q, m, q_stride, scale, out, ld, scratch)
-  B_FOR_FORM(run, B_CALL);
-#undef B_CALL
+  const b_form f = form_of(run);
+  for (uint32_t j = 0; j < m; j += QUERIES)
+    key_logits(run, f, first, count, q + j * q_stride, ckv_min_u32(QUERIES, m - j), q_stride, scale, out + j * ld, ld,
+               scratch);
   return true;
 }
 

@@ -1,9 +1,10 @@
-/* accumulate over CKV_AFFINE_ROW with VNNI, for the level "avx512".
+/* accumulate over affine rows, scaled integers and ggml's blocks with VNNI, for the level "avx512".
  *
  * sum_r p_r row_r = sum_r (p_r scale_r) code_r + sum_r p_r min_r, for every group of channels. The second sum is one
- * number for a group. For the first the folded weights p_r scale_r of a tile of rows are held in 16-bit fixed point,
- * relative to the largest of their tile and group, as two signed bytes; the sums of bytes times codes are exact
- * integers. The error is that of rounding each weight once (ckv.h). A weight of 0 stays 0.
+ * number for a group; without minima codes count from a zero point. For the first the folded weights p_r scale_r of a
+ * tile of rows are held in 16-bit fixed point, relative to the largest of their tile and group, as two signed bytes;
+ * the sums of bytes times codes are exact integers. The error is that of rounding each weight once (ckv.h). A weight of
+ * 0 stays 0.
  *
  * Rows are taken four at a time: their code bytes are transposed so that a lane holds the same byte of four rows, and
  * vpdpbusd multiplies it by the same four bytes of weights. That, and bringing codes of 2 and 3 bits to nibbles, is
@@ -22,12 +23,13 @@
 
 #include "avx512_fixed.h"
 
+#include "avx512_blocks.h"
+
 enum {
   TILE = 128,   /* rows; i32 sums hold 65793 */
   STEPS = TILE / 4,
-  QUERIES = 4,  /* query rows a strip holds accumulators for */
   CHUNK = 8,    /* query rows that share a transposed tile */
-  STRIP = 32,   /* channels of a strip, all of one group */
+  STRIP = BLOCK, /* channels of a strip, all of one group */
   DISTANCE = 1, /* how many tiles ahead memory is asked for */
   STRIPS = 4,   /* strips that are transposed at a time */
 };
@@ -35,6 +37,8 @@ enum {
 /* Parts of the scratch memory of a call. */
 typedef struct {
   uint32_t groups, strips;
+  uint32_t group;   /* channels of a group */
+  size_t row_bytes; /* of codes */
   float middle;     /* of the codes, see v_middle */
   float *sums;      /* [query row][strip][2][16]: see `spread` */
   float *min_sums;  /* [query row][group][16] */
@@ -53,66 +57,14 @@ enum { SET_DIGITS = 2 * QUERIES * 4, GROUP_DIGITS = TILE / 16 * SET_DIGITS };
 
 /* ---- weights --------------------------------------------------------------------------------------------------- */
 
-/* Metadata of n rows, `groups` a row, as f32 by group, zero up to a multiple of 16 rows. */
-CKV_INLINE void load_meta(const void *from, const uint32_t type, uint32_t groups, uint32_t n, float *to) {
-  const uint32_t padded = (n + 15) & ~15u;
-  if (groups == 4) {
-    const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
-    for (uint32_t i = 0; i < n; i += 16) {
-      vf x[4];
-      CKV_UNROLL
-      for (uint32_t k = 0; k < 4; k++) { /* rows i + 4k ..< +4 */
-        uint32_t begin = (i + 4 * k) * 4, have = n * 4 > begin ? ckv_min_u32(16, n * 4 - begin) : 0;
-        x[k] = have == 16 ? vf_load_as(ckv_offset(from, type, begin), type)
-               : have     ? vf_load_as_n(ckv_offset(from, type, begin), type, have)
-                          : vf_zero();
-      }
-      vf a = _mm512_permutex2var_ps(x[0], even, x[1]), b = _mm512_permutex2var_ps(x[2], even, x[3]);
-      vf c = _mm512_permutex2var_ps(x[0], odd, x[1]), d = _mm512_permutex2var_ps(x[2], odd, x[3]);
-      vf_store(to + i, _mm512_shuffle_f32x4(a, b, 0x44));
-      vf_store(to + TILE + i, _mm512_shuffle_f32x4(a, b, 0xee));
-      vf_store(to + 2 * TILE + i, _mm512_shuffle_f32x4(c, d, 0x44));
-      vf_store(to + 3 * TILE + i, _mm512_shuffle_f32x4(c, d, 0xee));
-    }
-    return;
-  }
-  if (groups == 1) {
-    for (uint32_t i = 0; i < n; i += 16)
-      vf_store(to + i, vf_load_as_n(ckv_offset(from, type, i), type, ckv_min_u32(16, n - i)));
-    return;
-  }
-  if (groups == 2) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    for (uint32_t i = 0; i < n; i += 16) {
-      const uint32_t have = 2 * ckv_min_u32(16, n - i), low = ckv_min_u32(16, have);
-      vf a = vf_load_as_n(ckv_offset(from, type, 2 * i), type, low), b = vf_zero();
-      if (have > low) b = vf_load_as_n(ckv_offset(from, type, 2 * i + 16), type, have - low);
-      vf_store(to + i, _mm512_permutex2var_ps(a, even, b));
-      vf_store(to + TILE + i, _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
-    }
-    return;
-  }
-  for (uint32_t g = 0; g < groups; g++)
-    for (uint32_t i = n / 16 * 16; i < padded; i += 16) vf_store(to + g * TILE + i, vf_zero());
-  for (uint32_t i = 0; i < n * groups; i += 16) {
-    float some[16];
-    uint32_t have = ckv_min_u32(16, n * groups - i);
-    vf_store(some, vf_load_as_n(ckv_offset(from, type, i), type, have));
-    for (uint32_t k = 0, r = i / groups, g = i % groups; k < have; k++) {
-      to[g * TILE + r] = some[k];
-      if (++g == groups) g = 0, r++;
-    }
-  }
-}
-
 /* Sixteen weights of a query row, zero past the end. */
 CKV_INLINE vf load_weights(const float *p, uint32_t have) { return have < 16 ? vf_load_n(p, have) : vf_load(p); }
 
 /* The largest |p * scale| of each query row for `count` groups from g on. Adds p * (min + middle * scale) to
- * min_sums. */
-CKV_INLINE void weigh(memory *at, const uint32_t count, uint32_t g, uint32_t n, const float *restrict p,
-                      const uint32_t nq, size_t ld, float *restrict min_sums, float largest[2][4]) {
+ * min_sums, which is 0 without minima. */
+CKV_INLINE void weigh(memory *at, const bool has_min, const uint32_t count, uint32_t g, uint32_t n,
+                      const float *restrict p, const uint32_t nq, size_t ld, float *restrict min_sums,
+                      float largest[2][4]) {
   const uint32_t groups = at->groups;
   const size_t next_step = at->next_step;
   const char *next = at->next;
@@ -121,34 +73,37 @@ CKV_INLINE void weigh(memory *at, const uint32_t count, uint32_t g, uint32_t n, 
   vf high[2][QUERIES], sum[2][QUERIES];
   CKV_UNROLL
   for (uint32_t t = 0; t < count * QUERIES; t++) high[t / QUERIES][t % QUERIES] = vf_zero();
-  CKV_UNROLL
-  for (uint32_t t = 0; t < count * nq; t++)
-    sum[t / nq][t % nq] = vf_load(min_sums + (t % nq * groups + g + t / nq) * 16);
+  if (has_min)
+    CKV_UNROLL
+    for (uint32_t t = 0; t < count * nq; t++)
+      sum[t / nq][t % nq] = vf_load(min_sums + (t % nq * groups + g + t / nq) * 16);
   for (uint32_t i = 0; i < n; i += 16) {
     vf weight[QUERIES];
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) weight[j] = load_weights(p + j * ld + i, n - i);
     CKV_UNROLL
     for (uint32_t k = 0; k < count; k++, next += next_step) {
-      const vf s = vf_load(scales + k * TILE + i), mn = vf_fma(s, middle, vf_load(mins + k * TILE + i));
+      const vf s = vf_load(scales + k * TILE + i);
+      const vf mn = has_min ? vf_fma(s, middle, vf_load(mins + k * TILE + i)) : vf_zero();
       __builtin_prefetch(next);
       CKV_UNROLL
       for (uint32_t j = 0; j < nq; j++) {
-        sum[k][j] = vf_fma(weight[j], mn, sum[k][j]);
+        if (has_min) sum[k][j] = vf_fma(weight[j], mn, sum[k][j]);
         high[k][j] = _mm512_range_ps(weight[j] * s, high[k][j], 0x0b); /* the larger magnitude */
       }
     }
   }
-  CKV_UNROLL
-  for (uint32_t t = 0; t < count * nq; t++)
-    vf_store(min_sums + (t % nq * groups + g + t / nq) * 16, sum[t / nq][t % nq]);
+  if (has_min)
+    CKV_UNROLL
+    for (uint32_t t = 0; t < count * nq; t++)
+      vf_store(min_sums + (t % nq * groups + g + t / nq) * 16, sum[t / nq][t % nq]);
   CKV_UNROLL
   for (uint32_t k = 0; k < count; k++) vf_max4(high[k][0], high[k][1], high[k][2], high[k][3], largest[k]);
   at->next = next;
 }
 
 /* Folds the weights of nq query rows over a tile of n rows: digits and factors, and what min_sums gets. */
-CKV_INLINE void fold(memory *at, uint32_t n, const float *restrict p, const uint32_t nq, size_t ld,
+CKV_INLINE void fold(memory *at, const bool has_min, uint32_t n, const float *restrict p, const uint32_t nq, size_t ld,
                      float *restrict min_sums, int32_t *restrict digits, float *restrict factors) {
   const uint32_t groups = at->groups;
   const size_t next_step = at->next_step;
@@ -156,8 +111,8 @@ CKV_INLINE void fold(memory *at, uint32_t n, const float *restrict p, const uint
     const uint32_t count = ckv_min_u32(4, groups - first);
     float largest[4][4] = {{0}}, up[4][4], factor[4][4];
     for (uint32_t k = 0; k < count; k += 2) {
-      if (count - k == 1) weigh(at, 1, first + k, n, p, nq, ld, min_sums, largest + k);
-      else weigh(at, 2, first + k, n, p, nq, ld, min_sums, largest + k);
+      if (count - k == 1) weigh(at, has_min, 1, first + k, n, p, nq, ld, min_sums, largest + k);
+      else weigh(at, has_min, 2, first + k, n, p, nq, ld, min_sums, largest + k);
     }
     const char *next = at->next;
     for (uint32_t k = 0; k < count; k++) { /* lanes are query rows */
@@ -226,31 +181,65 @@ CKV_INLINE void transpose4_quarter(const __m128i r[4], __m128i to[4]) {
   to[3] = _mm_unpackhi_epi16(b, d);
 }
 
-/* The codes of n rows from `first` on, channels of strips [s, s + STRIPS), to at->codes. 4 and 8 bits: dword i of a
- * vector is byte i of its 16 in the row. 2 and 3 bits: nibbles; dword i < 8 is byte i of the 8 of the low plane,
- * codes 0 and 2 of it, and dword i + 8 codes 1 and 3. `whole`: rows have all the bytes asked for. */
-CKV_INLINE void transpose_codes(const ckv_run *run, const uint32_t bits, const bool whole, uint32_t first, uint32_t n,
-                                uint32_t s, memory *at) {
-  const uint32_t low_bits = bits == 3 ? 2 : bits, words = ckv_row_words(run->dim, bits);
-  const uint32_t low_bytes = ckv_plane_words(run->dim, low_bits) * 4, begin = s * STRIP / 8 * low_bits;
-  const uint32_t high_begin = low_bytes + s * STRIP / 8;
-  const uint32_t step = (bits == 8 ? 128 : 64), stride = STEPS * step;
-  const uint32_t have = whole ? 0 : low_bytes - begin, high_have = whole ? 0 : words * 4 - high_begin;
-  const char *rows = (const char *)run->data + (size_t)first * words * 4, *row[4];
-  const __mmask64 m0 = have >= 64 ? ~0ull : (1ull << have) - 1;
-  const __mmask64 m1 = have >= 128 ? ~0ull : have > 64 ? (1ull << (have - 64)) - 1 : 0;
+/* Whether codes are a byte each once they are ready to be multiplied, or two of them share one. */
+CKV_INLINE bool is_wide(const uint32_t form) { return form == BYTES || form == FIVES || form == TABLE; }
+
+/* Sixteen bytes of each of four blocks, or of those there are: `have` bytes. */
+CKV_INLINE __m512i load_blocks(const char *from, size_t step, const bool gaps, const bool whole, uint32_t have) {
+  if (!gaps) {
+    if (whole) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi8(have >= 64 ? ~0ull : (1ull << have) - 1, from);
+  }
+  const uint8_t *at[4];
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i++)
+    at[i] = (const uint8_t *)from + (whole || 16 * i < have ? i * step : 0); /* what there is not is not used */
+  return load4(at[0], at[1], at[2], at[3]);
+}
+
+/* Codes of a strip with their fifth bits: dword i is byte i of 16 and its two nibbles' channels are i and i + 16;
+ * dword i of `fifths` is byte i of 4. */
+CKV_INLINE void add_fifths(__m512i nibbles, __m128i fifths, uint8_t *to) {
+  const __m512i low = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16);
+  const __m512i bits = _mm512_setr_epi32(0x01010101, 0x02020202, 0x04040404, 0x08080808, 0x10101010, 0x20202020,
+                                         0x40404040, (int)0x80808080u, 0x01010101, 0x02020202, 0x04040404, 0x08080808,
+                                         0x10101010, 0x20202020, 0x40404040, (int)0x80808080u);
+  const __m512i dwords = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  CKV_UNROLL
+  for (int h = 0; h < 2; h++) {
+    __m512i which = _mm512_add_epi32(dwords, _mm512_set1_epi32(2 * h));
+    __mmask64 set = _mm512_test_epi8_mask(_mm512_permutexvar_epi32(which, _mm512_castsi128_si512(fifths)), bits);
+    __m512i codes = _mm512_and_si512(h ? _mm512_srli_epi16(nibbles, 4) : nibbles, low);
+    _mm512_store_si512(to + 64 * h, _mm512_or_si512(codes, _mm512_maskz_mov_epi8(set, bit)));
+  }
+}
+
+/* The codes of n rows from `first` on, channels of strips [s, s + STRIPS), to at->codes. Dword i of a vector is byte i
+ * of its 16 in the row. Of a strip there are two vectors, of bytes, or one of nibbles. 2 and 3 bits: nibbles; dword
+ * i < 8 is byte i of the 8 of the low plane, codes 0 and 2 of it, and dword i + 8 codes 1 and 3. `whole`: rows have all
+ * the channels asked for. */
+CKV_INLINE void transpose_codes(const ckv_run *run, const uint32_t form, const b_form *f, const bool gaps,
+                                const bool whole, uint32_t first, uint32_t n, uint32_t s, memory *at) {
+  const bool few = form == QUARTERS || form == THIRDS; /* bits */
+  const uint32_t low_bytes = form == THIRDS ? ckv_plane_words(run->dim, 2) * 4 : (uint32_t)at->row_bytes;
+  const uint32_t begin = s * f->bytes, high_begin = low_bytes + s * STRIP / 8;
+  const uint32_t step = is_wide(form) ? 128 : 64, stride = STEPS * step;
+  const uint32_t have = whole ? 0 : low_bytes - begin;
+  const uint32_t high_have = whole || form != THIRDS ? 0 : (uint32_t)at->row_bytes - high_begin;
+  const size_t row_bytes = at->row_bytes;
+  const char *rows = (const char *)run->data + (size_t)first * row_bytes, *row[4];
   const __mmask16 m_high = high_have >= 16 ? 0xffff : (__mmask16)((1u << high_have) - 1);
-  const size_t row_bytes = (size_t)words * 4;
-  const size_t next_step = at->next_step, meta_bytes = at->groups * ckv_size_of(run->dtype);
-  const char *next = at->next, *scale = (const char *)run->scale + (first + DISTANCE * TILE) * meta_bytes;
-  const char *min = (const char *)run->min + (first + DISTANCE * TILE) * meta_bytes;
+  const size_t next_step = at->next_step, meta_bytes = f->halves ? 0 : at->groups * ckv_size_of(run->dtype);
+  const size_t meta_at = (first + DISTANCE * TILE) * meta_bytes;
+  const bool ask = s == 0 && (run->kind == CKV_AFFINE_ROW || run->kind == CKV_SCALED_ROW);
+  const char *next = at->next;
   uint8_t *restrict to = at->codes;
   for (uint32_t i = 0; i < n; i += 4, rows += 4 * row_bytes, to += step, next += 2 * next_step) {
     __builtin_prefetch(next);
     __builtin_prefetch(next + next_step);
-    if (s == 0) {
-      __builtin_prefetch(scale + i * meta_bytes);
-      __builtin_prefetch(min + i * meta_bytes);
+    if (ask) {
+      __builtin_prefetch((const char *)run->scale + meta_at + i * meta_bytes);
+      if (f->has_min) __builtin_prefetch((const char *)run->min + meta_at + i * meta_bytes);
     }
     row[0] = rows;
     if (i + 4 <= n) {
@@ -260,35 +249,65 @@ CKV_INLINE void transpose_codes(const ckv_run *run, const uint32_t bits, const b
     } else { /* past the end weights are zero */
       for (uint32_t k = 1; k < 4; k++) row[k] = i + k < n ? row[k - 1] + row_bytes : row[k - 1];
     }
-    if (bits >= 4) {
+    if (!few) {
+      /* Two vectors of bytes a row: strips 0, 1 and 2, 3 where they follow each other, or first and second halves. */
+      const bool split = form == BYTES && !gaps;
+      const __m512i sign = _mm512_set1_epi8(f->is_signed ? (char)0x80 : 0);
       const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
       CKV_UNROLL
-      for (uint32_t v = 0; v < bits / 4; v++) {
+      for (uint32_t v = 0; v < (form == BYTES ? 2 : 1); v++) {
         __m512i x[4], y[4];
+        const uint32_t from = begin + f->codes + (split ? 64 : 16) * v;
+        const uint32_t left = gaps ? have / f->bytes * 16 : have > 64 * v ? have - 64 * v : 0;
         CKV_UNROLL
         for (uint32_t k = 0; k < 4; k++) {
-          const char *from = row[k] + begin + 64 * v;
-          x[k] = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(v ? m1 : m0, from);
+          x[k] = load_blocks(row[k] + from, gaps ? f->bytes : 16, gaps, whole, left);
+          if (form == BYTES) x[k] = _mm512_xor_si512(x[k], sign);
           x[k] = _mm512_permutexvar_epi32(lanes, x[k]);
         }
         transpose4(x, y);
+        __m128i u[4], h[4];
+        if (form == FIVES) {
+          CKV_UNROLL
+          for (uint32_t k = 0; k < 4; k++) {
+            uint32_t bits[4];
+            CKV_UNROLL
+            for (uint32_t b = 0; b < 4; b++) {
+              const char *block = row[k] + begin + (whole || b * f->bytes < have ? b * f->bytes : 0);
+              memcpy(bits + b, block + f->fifths, 4);
+            }
+            u[k] = _mm_setr_epi32((int)bits[0], (int)bits[1], (int)bits[2], (int)bits[3]);
+          }
+          transpose4_quarter(u, h);
+        }
         CKV_UNROLL
-        for (uint32_t k = 0; k < 4; k++)
-          _mm512_store_si512(bits == 4 ? to + k * stride : to + (2 * v + k / 2) * stride + k % 2 * 64, y[k]);
+        for (uint32_t k = 0; k < 4; k++) {
+          uint8_t *codes = split ? to + (2 * v + k / 2) * stride + k % 2 * 64 : to + k * stride + v * 64;
+          if (form == FIVES) {
+            add_fifths(y[k], h[k], codes);
+          } else if (form == TABLE) {
+            const __m512i nibble = _mm512_set1_epi8(15);
+            _mm512_store_si512(codes, table_bytes(_mm512_and_si512(y[k], nibble)));
+            _mm512_store_si512(codes + 64, table_bytes(_mm512_and_si512(_mm512_srli_epi16(y[k], 4), nibble)));
+          } else {
+            _mm512_store_si512(codes, y[k]);
+          }
+        }
       }
       continue;
     }
     const __m256i lanes = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    const __mmask32 m = have >= 32 ? ~0u : (1u << have) - 1;
     __m256i x[4], y[4];
     CKV_UNROLL
     for (uint32_t k = 0; k < 4; k++) {
       const char *from = row[k] + begin;
-      x[k] = whole ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi8((__mmask32)m0, from);
+      x[k] = whole ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi8(m, from);
       x[k] = _mm256_permutevar8x32_epi32(x[k], lanes);
     }
     transpose4_half(x, y);
     __m128i u[4], h[4];
-    if (bits == 3) {
+    if (form == THIRDS) {
       CKV_UNROLL
       for (uint32_t k = 0; k < 4; k++) {
         const char *from = row[k] + high_begin;
@@ -300,7 +319,7 @@ CKV_INLINE void transpose_codes(const ckv_run *run, const uint32_t bits, const b
     for (uint32_t k = 0; k < 4; k++) {
       const __m512i pairs = _mm512_set1_epi8(0x33);
       __m512i codes = _mm512_inserti64x4(_mm512_castsi256_si512(y[k]), _mm256_srli_epi16(y[k], 2), 1);
-      if (bits == 2) {
+      if (form == QUARTERS) {
         codes = _mm512_and_si512(codes, pairs);
       } else {
         /* Dword i is a nibble of dword i / 2 of the high plane; its bits go to bits 2 and 6, the first and third of
@@ -366,20 +385,21 @@ CKV_INLINE void strip_sums(const uint8_t *codes, const uint32_t halves, uint32_t
 }
 
 /* acc[c] += the sums of the channels of a query row, and their groups' mins. */
-CKV_INLINE void spread(const ckv_run *run, const memory *at, const float *sums, const float *min_sums, float *acc) {
+CKV_INLINE void spread(const ckv_run *run, const b_form f, const memory *at, const float *sums, const float *min_sums,
+                       float *acc) {
   /* Where channels 0 ..< 16 and 16 ..< 32 of a strip are; 16 and more are the second half. */
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i first = lane, second = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
-  if (run->bits == 4) { /* dword i, half h: channel 2i + h */
+  if (f.pairs) { /* dword i, half h: channel 2i + h */
     first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  } else if (run->bits < 4) { /* channel 4 (i % 8) + i / 8 + 2h */
+  } else if (f.form == QUARTERS || f.form == THIRDS) { /* channel 4 (i % 8) + i / 8 + 2h */
     first = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
     second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
   }
   for (uint32_t s = 0; s < at->strips; s++) {
     const uint32_t c = s * STRIP, n = ckv_min_u32(STRIP, run->dim - c);
-    const vf mn = vf_set1(vf_sum(vf_load(min_sums + c / run->group * 16)));
+    const vf mn = vf_set1(vf_sum(vf_load(min_sums + c / at->group * 16)));
     vf a = vf_load(sums + c), b = vf_load(sums + c + 16);
     vf low = _mm512_permutex2var_ps(a, first, b) + mn, high = _mm512_permutex2var_ps(a, second, b) + mn;
     const uint32_t low_n = ckv_min_u32(16, n), high_n = n - low_n;
@@ -390,81 +410,91 @@ CKV_INLINE void spread(const ckv_run *run, const memory *at, const float *sums, 
 
 /* ---- all of it ------------------------------------------------------------------------------------------------- */
 
-static void load_tile_meta(const ckv_run *run, uint32_t first, uint32_t n, const memory *at) {
-  const void *scale = ckv_offset(run->scale, run->dtype, (size_t)first * at->groups);
-  const void *min = ckv_offset(run->min, run->dtype, (size_t)first * at->groups);
-  if (run->dtype == CKV_F16) {
-    load_meta(scale, CKV_F16, at->groups, n, at->scales);
-    load_meta(min, CKV_F16, at->groups, n, at->mins);
-  } else {
-    load_meta(scale, run->dtype, at->groups, n, at->scales);
-    load_meta(min, run->dtype, at->groups, n, at->mins);
-  }
+/* `gaps`: between the codes of blocks, which only some forms have, and some always. */
+CKV_INLINE void transpose_form(const ckv_run *run, const uint32_t form, const b_form *f, const bool gaps,
+                               uint32_t first, uint32_t n, uint32_t s, memory *at) {
+  if ((s + STRIPS) * STRIP <= run->dim) transpose_codes(run, form, f, gaps, true, first, n, s, at);
+  else transpose_codes(run, form, f, gaps, false, first, n, s, at);
 }
 
-static void transpose_tile(const ckv_run *run, uint32_t first, uint32_t n, uint32_t s, memory *at) {
-  const bool whole = (s + STRIPS) * STRIP <= run->dim;
-#define CKV_FOR(bits)                                                                                                \
-  (whole ? transpose_codes(run, bits, true, first, n, s, at) : transpose_codes(run, bits, false, first, n, s, at))
-  run->bits == 2 ? CKV_FOR(2) : run->bits == 3 ? CKV_FOR(3) : run->bits == 4 ? CKV_FOR(4) : CKV_FOR(8);
-#undef CKV_FOR
-}
+#define B_TRANSPOSE(name, form)                                                                                      \
+  static __attribute__((noinline)) void transpose_##name(const ckv_run *run, const b_form *f, uint32_t first,        \
+                                                         uint32_t n, uint32_t s, memory *at) {                       \
+    const bool may = form != QUARTERS && form != THIRDS, must = form == FIVES || form == TABLE;                      \
+    if (must || (may && f->halves)) transpose_form(run, form, f, may, first, n, s, at);                              \
+    else if (!must) transpose_form(run, form, f, false, first, n, s, at);                                            \
+  }
+B_FORMS(B_TRANSPOSE)
 
 /* Everything of nq query rows over a tile but the transposition. */
-CKV_INLINE void fold_tile(memory *at, uint32_t n, const float *p, uint32_t j, const uint32_t nq, size_t ld) {
-  fold(at, n, p + j * ld, nq, ld, at->min_sums + (size_t)j * at->groups * 16,
+CKV_INLINE void fold_tile(memory *at, const bool has_min, uint32_t n, const float *p, uint32_t j, const uint32_t nq,
+                          size_t ld) {
+  fold(at, has_min, n, p + j * ld, nq, ld, at->min_sums + (size_t)j * at->groups * 16,
        at->digits + (size_t)(j / QUERIES) * at->groups * GROUP_DIGITS, at->factors + j * at->groups);
 }
 
-CKV_INLINE void multiply_tile(const ckv_run *run, memory *at, uint32_t n, uint32_t s, uint32_t j,
-                              const uint32_t nq) {
+CKV_INLINE void fold_rows(memory *at, const bool has_min, uint32_t n, const float *p, uint32_t j, uint32_t nq,
+                          size_t ld) {
+  switch (nq) {
+    case 1: fold_tile(at, has_min, n, p, j, 1, ld); break;
+    case 2: fold_tile(at, has_min, n, p, j, 2, ld); break;
+    case 3: fold_tile(at, has_min, n, p, j, 3, ld); break;
+    default: fold_tile(at, has_min, n, p, j, 4, ld); break;
+  }
+}
+
+CKV_INLINE void multiply_tile(const bool wide, memory *at, uint32_t n, uint32_t s, uint32_t j, const uint32_t nq) {
   const size_t sum_stride = (size_t)at->strips * STRIP;
-  const uint32_t halves = run->bits == 8 ? 2 : 1;
+  const uint32_t halves = wide ? 2 : 1;
   const int32_t *digits = at->digits + (size_t)(j / QUERIES) * at->groups * GROUP_DIGITS;
   for (uint32_t k = 0; k < STRIPS && s + k < at->strips; k++) {
-    const uint32_t g = (s + k) * STRIP / run->group;
+    const uint32_t g = (s + k) * STRIP / at->group;
     const uint8_t *codes = at->codes + (size_t)k * STEPS * 64 * halves;
     float *sums = at->sums + j * sum_stride + (s + k) * STRIP;
     const int32_t *d = digits + (size_t)g * GROUP_DIGITS;
     const float *factors = at->factors + j * at->groups + g;
-    if (halves == 2) strip_sums(codes, 2, n, d, factors, nq, at->groups, sums, sum_stride, at);
-    else strip_sums(codes, 1, n, d, factors, nq, at->groups, sums, sum_stride, at);
+    strip_sums(codes, halves, n, d, factors, nq, at->groups, sums, sum_stride, at);
   }
 }
 
-static void accumulate_chunk(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
-                             float *acc, size_t acc_stride, memory *at) {
+CKV_INLINE void multiply_rows(const bool wide, memory *at, uint32_t n, uint32_t s, uint32_t j, uint32_t nq) {
+  switch (nq) {
+    case 1: multiply_tile(wide, at, n, s, j, 1); break;
+    case 2: multiply_tile(wide, at, n, s, j, 2); break;
+    case 3: multiply_tile(wide, at, n, s, j, 3); break;
+    default: multiply_tile(wide, at, n, s, j, 4); break;
+  }
+}
+
+static void accumulate_chunk(const ckv_run *run, const b_form f, uint32_t first, uint32_t count, const float *p,
+                             uint32_t m, size_t ld, float *acc, size_t acc_stride, memory *at) {
   const size_t sum_stride = (size_t)at->strips * STRIP, min_stride = (size_t)at->groups * 16;
   memset(at->sums, 0, m * sum_stride * sizeof(float));
   memset(at->min_sums, 0, m * min_stride * sizeof(float));
   for (uint32_t i = 0; i < count; i += TILE) {
-    const uint32_t n = ckv_min_u32(TILE, count - i);
-    const size_t row_bytes = (size_t)ckv_row_words(run->dim, run->bits) * 4, blocks = (at->strips + 3) / 4;
-    at->next = (const char *)run->data + (first + i + DISTANCE * TILE) * row_bytes;
-    at->next_step = TILE * row_bytes / ((m + 3) / 4 * (16 * at->groups + 32 * at->strips) + 64 * blocks);
-    load_tile_meta(run, first + i, n, at);
+    const uint32_t n = ckv_min_u32(TILE, count - i), row = first + i;
+    const size_t blocks = (at->strips + 3) / 4;
+    at->next = (const char *)run->data + (row + DISTANCE * TILE) * at->row_bytes;
+    at->next_step = TILE * at->row_bytes / ((m + 3) / 4 * (16 * at->groups + 32 * at->strips) + 64 * blocks);
+    load_metadata(run, f, row, n, TILE, at->scales, at->mins);
     for (uint32_t j = 0; j < m; j += QUERIES) {
-      switch (ckv_min_u32(QUERIES, m - j)) {
-        case 1: fold_tile(at, n, p + i, j, 1, ld); break;
-        case 2: fold_tile(at, n, p + i, j, 2, ld); break;
-        case 3: fold_tile(at, n, p + i, j, 3, ld); break;
-        default: fold_tile(at, n, p + i, j, 4, ld); break;
-      }
+      const uint32_t nq = ckv_min_u32(QUERIES, m - j);
+      if (f.has_min) fold_rows(at, true, n, p + i, j, nq, ld);
+      else fold_rows(at, false, n, p + i, j, nq, ld);
     }
     for (uint32_t s = 0; s < at->strips; s += STRIPS) {
-      transpose_tile(run, first + i, n, s, at);
+#define B_CALL(name) transpose_##name(run, &f, row, n, s, at)
+      B_FOR_FORM(f, B_CALL);
+#undef B_CALL
       for (uint32_t j = 0; j < m; j += QUERIES) {
-        switch (ckv_min_u32(QUERIES, m - j)) {
-          case 1: multiply_tile(run, at, n, s, j, 1); break;
-          case 2: multiply_tile(run, at, n, s, j, 2); break;
-          case 3: multiply_tile(run, at, n, s, j, 3); break;
-          default: multiply_tile(run, at, n, s, j, 4); break;
-        }
+        const uint32_t nq = ckv_min_u32(QUERIES, m - j);
+        if (is_wide(f.form)) multiply_rows(true, at, n, s, j, nq);
+        else multiply_rows(false, at, n, s, j, nq);
       }
     }
   }
   for (uint32_t j = 0; j < m; j++)
-    spread(run, at, at->sums + j * sum_stride, at->min_sums + j * min_stride, acc + j * acc_stride);
+    spread(run, f, at, at->sums + j * sum_stride, at->min_sums + j * min_stride, acc + j * acc_stride);
 }
 
 static float *take(float **free, size_t floats) {
@@ -479,17 +509,24 @@ size_t ckv_sums_scratch_floats(uint32_t dim) {
          STRIPS * STEPS * 32 + 16;
 }
 
+/* Affine rows may end with a part of a group. */
+static bool sums_fit(const ckv_run *run) {
+  return run->kind == CKV_AFFINE_ROW ? run->group % STRIP == 0 || run->group >= run->dim : fits(run, 1);
+}
+
 void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                          float *acc, size_t acc_stride, float *scratch) {
-  if (ckv_blocks_accumulate(run, first, count, p, m, ld, acc, acc_stride, scratch)) return;
-  if (run->kind != CKV_AFFINE_ROW || run->group % STRIP) {
+  if (!sums_fit(run)) {
     ckv_avx512.accumulate(run, first, count, p, m, ld, acc, acc_stride, scratch);
     return;
   }
   if (count == 0 || m == 0) return;
+  const b_form f = form_of(run);
   float *next = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-  memory at = {.groups = (run->dim + run->group - 1) / run->group, .strips = (run->dim + STRIP - 1) / STRIP,
-               .middle = v_middle(run->bits)};
+  const uint32_t groups = ckv_max_u32(groups_of(run), 1);
+  memory at = {.groups = groups, .strips = (run->dim + STRIP - 1) / STRIP, .row_bytes = row_bytes_of(run),
+               .group = groups == 1 ? run->dim : run->kind == CKV_GGML ? STRIP : run->group,
+               .middle = (float)f.zero};
   at.codes = (uint8_t *)take(&next, STRIPS * STEPS * 32);
   at.digits = (int32_t *)take(&next, (size_t)CHUNK / QUERIES * at.groups * GROUP_DIGITS);
   at.scales = take(&next, (size_t)at.groups * TILE);
@@ -498,7 +535,7 @@ void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, con
   at.min_sums = take(&next, (size_t)CHUNK * at.groups * 16);
   at.factors = take(&next, (size_t)CHUNK * at.groups);
   for (uint32_t j = 0; j < m; j += CHUNK)
-    accumulate_chunk(run, first, count, p + j * ld, ckv_min_u32(CHUNK, m - j), ld, acc + j * acc_stride, acc_stride,
+    accumulate_chunk(run, f, first, count, p + j * ld, ckv_min_u32(CHUNK, m - j), ld, acc + j * acc_stride, acc_stride,
                      &at);
 }
 

@@ -155,7 +155,6 @@ size_t ckv_scratch_floats(uint32_t dim, uint32_t m) {
   values = at_least(values, (few + 1) * CKV_FP8_ROWS);
 #if defined(__x86_64__)
   values = at_least(values, at_least(ckv_sums_scratch_floats(dim), ckv_avx2_scratch_floats(dim)));
-  values = at_least(values, ckv_blocks_scratch_floats());
   if (m >= CKV_MANY_QUERIES) values = at_least(values, ckv_bf16_scratch_floats(dim, m));
 #elif defined(__aarch64__)
   keys = at_least(keys, ckv_dot_scratch_floats(dim));

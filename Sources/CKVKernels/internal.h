@@ -217,12 +217,9 @@ void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, con
                          float *acc, size_t acc_stride, float *scratch);
 size_t ckv_sums_scratch_floats(uint32_t dim);
 size_t ckv_avx2_scratch_floats(uint32_t dim);
-/* The same for scaled integers and ggml's blocks; false: not for this run. */
+/* Logits of rows of codes; false: not for this run. */
 bool ckv_blocks_logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
                        size_t q_stride, float scale, float *out, size_t ld, float *scratch);
-bool ckv_blocks_accumulate(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
-                           float *acc, size_t acc_stride, float *scratch);
-size_t ckv_blocks_scratch_floats(void);
 extern const ckv_kernels ckv_avx512_bf16; /* VNNI, and products of bf16: see ckv_bf16_products */
 void ckv_logits_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch);

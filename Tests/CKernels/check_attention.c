@@ -169,7 +169,7 @@ static void check_logits(const ckv_kernels *k, const subject *s) {
         most = fmax(most, fabs(y));
         step = fmax(step, s->step[(size_t)i * dim + c]);
       }
-      if (is_scaled(run)) largest = most * step;
+      if (is_scaled(run) || run->kind == CKV_AFFINE_ROW) largest = most * step;
       want[(size_t)j * rows + i] = (double)scale * sum;
       sizes[(size_t)j * rows + i] = (double)scale * size;
       bound[(size_t)j * rows + i] = (double)scale * ((dim + 8) * eps * size + dim * 0x1.02p-16 * largest) + 0x1p-120;

@@ -130,14 +130,16 @@ typedef struct {
 
     /* ---- attention over rows ------------------------------------------------------------------------------ */
 
-    /* Affine codes may be multiplied as integers. The query or weight with the scales folded in, w = q_c scale_c for
-     * CKV_AFFINE_CHANNEL and w = p_r scale_r for CKV_AFFINE_ROW, is then rounded once to a multiple of
-     * largest / 32639; products of it with code - 2^(bits - 1) and their sums are exact. `largest` is the
-     * largest |w| over
-     *     logits: the channels of one query row in one group of rows;
+    /* Codes may be multiplied as integers. The query or weight with what scales can be folded in, w = q_c scale_c for
+     * CKV_AFFINE_CHANNEL, w = q_c for logits of rows of codes (CKV_AFFINE_ROW, scaled integers, ggml's blocks) and
+     * w = p_r scale_r for their accumulate, is then rounded once to a multiple of largest / 32639; products of it with
+     * code - 2^(bits - 1) (or the zero point, where codes have one) and their sums are exact. `largest` is the largest
+     * |w| over
+     *     logits: the channels of one query row, for CKV_AFFINE_CHANNEL in one group of rows;
      *     accumulate: one query row and group of channels, over at most 128 rows counted from `first`.
      * Beyond the rounding of f32 sums an output is off by at most 2^(bits - 1) * largest / 65278 for every
-     * channel (logits, times |scale|) or row (accumulate) that is summed; the mins are added in f32. */
+     * channel (logits, times |scale| and the row's scales) or row (accumulate) that is summed; the mins are added in
+     * f32. */
 
     /* out[j*ld + i] = scale * dot(q + j*q_stride, row first+i), i < count, j < m. Every row is read, converted or
      * unpacked once for all m query rows (in blocks of a few query rows at most). `scratch` has at least
