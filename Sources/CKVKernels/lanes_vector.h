@@ -51,15 +51,22 @@ CKV_INLINE vf v_adjust(vf x, float softcap, vf bias) {
 
 static float softmax(float *x, uint32_t n, float softcap, const float *bias, float *sum) {
   uint32_t whole = n / VN * VN, rest = n - whole;
-  vf high = vf_set1(-INFINITY);
-  for (uint32_t i = 0; i < whole; i += VN) {
-    vf v = vf_load(x + i);
-    if (softcap > 0 || bias) {
-      v = v_adjust(v, softcap, bias ? vf_load(bias + i) : vf_zero());
-      vf_store(x + i, v);
+  vf high = vf_set1(-INFINITY), other = high;
+  uint32_t at = 0;
+  if (softcap > 0 || bias) {
+    for (; at < whole; at += VN) {
+      vf v = v_adjust(vf_load(x + at), softcap, bias ? vf_load(bias + at) : vf_zero());
+      vf_store(x + at, v);
+      high = vf_max(v, high);
     }
-    high = vf_max(v, high);
   }
+  /* Two at a time, for neither to wait for the other. */
+  for (; at + 4 * VN <= whole; at += 4 * VN) {
+    high = vf_max(vf_max(vf_load(x + at), vf_load(x + at + VN)), high);
+    other = vf_max(vf_max(vf_load(x + at + 2 * VN), vf_load(x + at + 3 * VN)), other);
+  }
+  for (; at < whole; at += VN) high = vf_max(vf_load(x + at), high);
+  high = vf_max(other, high);
   if (rest) {
     vf v = v_adjust(vf_load_n(x + whole, rest), softcap, bias ? vf_load_n(bias + whole, rest) : vf_zero());
     vf_store_n(x + whole, v, rest);
