@@ -266,6 +266,10 @@ extension CPUBackend {
     case .dense:
       kernels.pointee.convert!(data, type, rows, f32, count * dim)
       if encoding.type == .f16 { saturateHalf(data, count * dim) }
+    case .affinePerChannel where encoding.zeroPoint != nil:
+      ckv_encode_clamped_channel(
+        rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
+        data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)
     case .affinePerChannel:
       kernels.pointee.encode_channel!(
         rows, f32, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
@@ -274,6 +278,12 @@ extension CPUBackend {
       ckv_encode_codes(
         rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.bits), data.assumingMemoryBound(to: UInt32.self))
     case .affinePerToken:
+      if encoding.zeroPoint?.isClamped == true {
+        ckv_encode_clamped_row(
+          rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), type,
+          data.assumingMemoryBound(to: UInt32.self), target.scales + metadata, target.minima + metadata)
+        return
+      }
       if let zero = encoding.zeroPoint {
         ckv_encode_zero_row(
           rows, dim, UInt32(count), UInt32(dim), UInt32(encoding.group), UInt32(encoding.bits), Float(zero.clip),

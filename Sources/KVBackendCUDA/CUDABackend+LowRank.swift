@@ -8,6 +8,13 @@ internal import Synchronization
 extension CUDABackend {
   package var holdsLatents: Bool { true }
 
+  package func require(_ format: SideFormat) throws(KVError) {
+    guard format.body?.zeroPoint?.isClamped != true else {
+      throw KVError(
+        .unsupported, "\(name) encodes no clamped zero points; use the CPU backend, or codes from the minimum")
+    }
+  }
+
   package func factor(
     _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions
   ) throws(KVError) -> [Factors] {

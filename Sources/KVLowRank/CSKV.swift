@@ -8,8 +8,8 @@ public import KVTensorFiles
 ///
 /// Differs from the authors' code: latents are made of the cached keys and values, where that code makes them of the
 /// layer's input (see the page: for factors without training that is the same); tokens of the window have no latents yet;
-/// codes have a minimum in f16, where that code clamps an integer zero point; the factors' rank is a share of all channels,
-/// where that code rounds each head's down.
+/// codes have a minimum in f16, where that code clamps an integer zero point (`zero=integer`); the factors' rank is a
+/// share of all channels, where that code rounds each head's down.
 ///
 /// ```
 /// keys, values    ┌ latents on the layer's basis ┬ exact rows, the newest ┐
@@ -23,11 +23,13 @@ extension Store {
   ///   - window: exact tokens: in a rolling window those kept at least, else those of a block.
   ///   - rolling: the newest `window` tokens are always exact, and up to 31 before them; otherwise tokens leave in whole
   ///     blocks, so that 0 to `window` - 1 are exact.
+  ///   - integerZero: codes of latents have a clamped integer zero point, as in the authors' code.
   /// - Throws: `invalidOption` for numbers out of range; `missingInput`, `shapeMismatch` for calibrations without what is
   ///   needed.
   public static func cskv(
     calibration: NamedCalibration?, keyRank: Rank = .share(0.25), valueRank: Rank = .share(0.75), window: Int = 32,
-    rolling: Bool = false, latents: LatentFormat = .f16, basis: ElementType = .f16, dense: ElementType = .f16
+    rolling: Bool = false, latents: LatentFormat = .f16, integerZero: Bool = false, basis: ElementType = .f16,
+    dense: ElementType = .f16
   ) throws(KVError) -> Store {
     guard (rolling ? 0...1_048_576 : 1...1_048_576).contains(window) else {
       throw KVError(
@@ -35,6 +37,8 @@ extension Store {
     }
     var format = try lowRankFormat(
       keyRank: keyRank, valueRank: valueRank, latents: latents, basis: basis, window: dense, tokens: .raw)
+    format.keyLatents = try latents.keys(zero: integerZero)
+    format.valueLatents = try latents.values(zero: integerZero)
     format.continuation = rolling ? .project(keeping: window) : .blocks(of: window)
     if let calibration = calibration?.calibration {
       try calibration.require(keysBeforeRotation: true)
@@ -55,8 +59,8 @@ extension Store {
         options: NamedCalibration.options(calibration) + [
           SpecOption("density_k", keyRank.specValue), SpecOption("density_v", valueRank.specValue),
           SpecOption("window", .integer(window)), SpecOption("mode", .text(rolling ? "rolling" : "block")),
-          SpecOption("latents", .text(latents.name)), SpecOption("basis", .text(basis.name)),
-          SpecOption("type", .text(dense.name)),
+          SpecOption("latents", .text(latents.name)), SpecOption("zero", .text(integerZero ? "integer" : "minimum")),
+          SpecOption("basis", .text(basis.name)), SpecOption("type", .text(dense.name)),
         ]),
       factory: format)
   }
@@ -88,7 +92,9 @@ extension Store {
       .init("density_v", "latent channels of values, likewise"),
       .init("window", "exact tokens: those of a block, or those kept at least"),
       .init("mode", "tokens leave in whole blocks, or from a rolling window"),
-      LowRankOptions.latents, LowRankOptions.basis, .init("type", "element type of exact rows: f32, f16 or bf16"),
+      LowRankOptions.latents,
+      .init("zero", "codes of latents begin at the minimum, or lie around an integer zero point, clamped"),
+      LowRankOptions.basis, .init("type", "element type of exact rows: f32, f16 or bf16"),
     ]
   ) { (reader) throws(KVError) in
     let calibration = try reader.calibration()
@@ -99,7 +105,9 @@ extension Store {
       try .cskv(
         calibration: calibration, keyRank: keyRank, valueRank: valueRank, window: window,
         rolling: reader.name("mode", default: "block", among: ["block", "rolling"]) == "rolling",
-        latents: reader.latents(default: .f16), basis: reader.elementType("basis", default: .f16),
+        latents: reader.latents(default: .f16),
+        integerZero: reader.name("zero", default: "minimum", among: ["minimum", "integer"]) == "integer",
+        basis: reader.elementType("basis", default: .f16),
         dense: reader.elementType("type", default: .f16)))
   }
 }

@@ -21,14 +21,20 @@ public struct LatentFormat: Hashable, Sendable {
   private var bits: Int? { name.hasPrefix("int") ? Int(name.dropFirst(3)) : nil }
   var isCoded: Bool { bits != nil }
 
-  func keys() throws(KVError) -> SideFormat {
+  /// - Parameter zero: codes have a clamped integer zero point instead of a minimum.
+  func keys(zero: Bool = false) throws(KVError) -> SideFormat {
     guard let bits else { return .dense(ElementType(name: name) ?? .f16) }
-    return try .blocks(of: 32, window: .f16, body: .affinePerChannel(bits: bits, group: 32))
+    return try .blocks(
+      of: 32, window: .f16,
+      body: zero
+        ? .affinePerChannel(bits: bits, group: 32, zero: .clamped) : .affinePerChannel(bits: bits, group: 32))
   }
 
-  func values() throws(KVError) -> SideFormat {
+  func values(zero: Bool = false) throws(KVError) -> SideFormat {
     guard let bits else { return .dense(ElementType(name: name) ?? .f16) }
-    return try .newest(0, window: .f16, body: .affinePerToken(bits: bits, group: 32))
+    return try .newest(
+      0, window: .f16,
+      body: zero ? .affinePerToken(bits: bits, group: 32, zero: .clamped) : .affinePerToken(bits: bits, group: 32))
   }
 }
 

@@ -289,6 +289,14 @@ void ckv_encode_codes(const float *rows, size_t stride, uint32_t count, uint32_t
 void ckv_encode_zero_row(const float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t group, uint32_t bits,
                          float clip, float steps, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
 
+/* Rows in the layout of CKV_AFFINE_ROW, or whole groups in that of CKV_AFFINE_CHANNEL, around zero points that are codes:
+ * s = max(max x - min x, 1e-5) / Q rounded to meta_type, Q = 2^bits - 1, z = clamp(rne(-min x / s), 0, Q),
+ * code = clamp(rne(x / s) + z, 0, Q), and -s z is what is stored as the min. */
+void ckv_encode_clamped_row(const float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t group,
+                            uint32_t bits, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
+void ckv_encode_clamped_channel(const float *rows, size_t stride, uint32_t count, uint32_t dim, uint32_t group,
+                                uint32_t bits, uint32_t meta_type, uint32_t *codes, void *scale, void *min);
+
 /* Smallest and largest value of every channel. low and high hold a range already, infinities at first. */
 void ckv_channel_range(const float *rows, size_t stride, uint32_t count, uint32_t dim, float *low, float *high);
 

@@ -22,7 +22,7 @@ public struct RowEncoding: Hashable, Sendable {
   public let bits: Int
   /// Rows or channels that share a scale (and minimum). Dense, or with a scale that was given: 1.
   public let group: Int
-  /// What the codes of scaled rows are, or ggml's number of a block type; of affine rows per token how they are rounded,
+  /// What the codes of scaled rows are, or ggml's number of a block type; of affine rows how they are rounded,
   /// see ``ZeroPoint``. 0: none of these.
   package let code: UInt8
   /// The scale of scaled rows that was given. 1 elsewhere.
@@ -56,6 +56,20 @@ public struct RowEncoding: Hashable, Sendable {
     return RowEncoding(kind: .affinePerChannel, type: metadata, bits: bits, group: group)
   }
 
+  /// The same around an integer zero point, which is a code.
+  ///
+  /// - Throws: `invalidOption` unless bits is 2, 3, 4 or 8 and group a multiple of 32 up to 1024; for zero points that are
+  ///   not clamped.
+  public static func affinePerChannel(
+    bits: Int, group: Int, zero: ZeroPoint, metadata: ElementType = .f16
+  ) throws(KVError) -> RowEncoding {
+    let plain = try affinePerChannel(bits: bits, group: group, metadata: metadata)
+    guard zero.isClamped else {
+      throw KVError(.invalidOption, "codes per channel have a minimum or a clamped integer zero point, no other")
+    }
+    return RowEncoding(kind: .affinePerChannel, type: metadata, bits: bits, group: plain.group, code: zero.code)
+  }
+
   /// One scale and minimum per token over `group` consecutive channels. The last group of a row may be short.
   ///
   /// - Throws: `invalidOption` unless bits is 2, 3, 4 or 8 and group lies in 8...4096.
@@ -79,8 +93,10 @@ public struct RowEncoding: Hashable, Sendable {
     return RowEncoding(kind: .affinePerToken, type: metadata, bits: bits, group: plain.group, code: zero.code)
   }
 
-  /// How affine rows per token are rounded, where it is not to the least value of a group.
-  package var zeroPoint: ZeroPoint? { kind == .affinePerToken ? ZeroPoint(code: code) : nil }
+  /// How affine rows are rounded, where it is not to the least value of a group.
+  package var zeroPoint: ZeroPoint? {
+    kind == .affinePerToken || kind == .affinePerChannel ? ZeroPoint(code: code) : nil
+  }
 
   /// Codes alone: their scale and minimum, in `metadata`, belong to the channels and to all rows that were encoded
   /// together.
@@ -105,7 +121,11 @@ public struct RowEncoding: Hashable, Sendable {
     let made: RowEncoding?
     switch kind {
     case .dense: made = group == 1 ? .dense(type) : nil
-    case .affinePerChannel: made = try? .affinePerChannel(bits: bits, group: group, metadata: type)
+    case .affinePerChannel:
+      made =
+        code == 0
+        ? try? .affinePerChannel(bits: bits, group: group, metadata: type)
+        : ZeroPoint(code: code).flatMap { try? .affinePerChannel(bits: bits, group: group, zero: $0, metadata: type) }
     case .affinePerToken:
       made =
         code == 0
@@ -192,7 +212,8 @@ extension RowEncoding: CustomStringConvertible {
   public var description: String {
     switch kind {
     case .dense: type.name
-    case .affinePerChannel: "affine \(bits)-bit per channel, \(group) tokens, \(type.name) scale and min"
+    case .affinePerChannel:
+      "affine \(bits)-bit per channel, \(group) tokens, \(type.name) scale and \(zeroPoint?.description ?? "min")"
     case .codes: "\(bits)-bit codes with a \(type.name) scale and min per channel"
     case .affinePerToken:
       "affine \(bits)-bit per token, \(group) channels, \(type.name) scale and \(zeroPoint?.description ?? "min")"

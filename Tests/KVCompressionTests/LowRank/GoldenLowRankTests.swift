@@ -132,6 +132,48 @@ import Testing
     run.finish(except: ["keys.singularValues", "values.singularValues"])
   }
 
+  /// CSKV's codes of latents around clamped integer zero points, here of keys per channel and of values per token.
+  @Test(arguments: Goldens.names("cskv."))
+  func cskvCodes(name: String) throws {
+    let run = try GoldenRun(name)
+    let input = try Input(run.entry)
+    let (bits, window, dim) = (try run.entry.int("bits"), try run.entry.int("window"), input.keys[0].dim)
+    let store = Store(
+      spec: StageSpec(name: "cskv-codes"),
+      keys: try .blocks(
+        of: window, window: .f32,
+        body: .affinePerChannel(bits: bits, group: window, zero: .clamped, metadata: .f32)),
+      values: try .newest(
+        0, window: .f32, body: .affinePerToken(bits: bits, group: dim, zero: .clamped, metadata: .f32)))
+    let cache = try cache(store, input)
+    try run.expect("channel", rows(cache, 0, keys: true))
+    try run.expect("token", rows(cache, 0, keys: false))
+    run.finish()
+    // The store with this option has these formats.
+    let option = try Store.cskv(calibration: nil, latents: .int4, integerZero: true)
+    let format = try #require(option.factory as? LowRankFormat)
+    #expect(format.keyLatents.body?.zeroPoint == .clamped && format.valueLatents.body?.zeroPoint == .clamped)
+    let text = "cskv(latents=int4,zero=integer)"
+    #expect(try PolicyRegistry.standard.policy(text).spec.description.contains("zero=integer"))
+  }
+
+  /// Where all values of a group have one sign the zero point is the first or the last code, and the far end is lost.
+  @Test func clampedZeroPointsSaturate() throws {
+    let rows: [Float] = (0..<32).map { 10 + Float($0) / 31 * 3 }
+    let encoding = try RowEncoding.affinePerToken(bits: 4, group: 32, zero: .clamped, metadata: .f32)
+    // Steps of 0.2 from 0 on: 15 of them end at 3.
+    let restored = try FormatTests.encode(rows, dim: 32, encoding).restored
+    #expect(restored.allSatisfy { abs($0 - 3) < 1e-5 })
+    let below = try FormatTests.encode(rows.map { -$0 }, dim: 32, encoding).restored
+    #expect(below.allSatisfy { abs($0 + 3) < 1e-5 })
+    let open = try RowEncoding.affinePerToken(bits: 4, group: 32, zero: ZeroPoint(), metadata: .f32)
+    let whole = try FormatTests.encode(rows, dim: 32, open).restored
+    #expect(zip(whole, rows).allSatisfy { abs($0 - $1) < 0.21 })
+    expectError(.invalidOption, "no other") {
+      _ = try RowEncoding.affinePerChannel(bits: 4, group: 32, zero: ZeroPoint())
+    }
+  }
+
   /// Calibrated on the prompt it compresses, as the authors' function is run.
   @Test func matryoshka() throws {
     let run = try GoldenRun("matryoshka.r32.a5")

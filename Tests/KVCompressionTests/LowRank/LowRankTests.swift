@@ -314,21 +314,7 @@ import Testing
     let traffic = Traffic(shape, tokens: 260)
     let cache = try makeCache(text, shape)
     try traffic.run(cache, prompt: 150, decoded: 20)
-    let before = try Snapshot(cache)
-    let fork = cache.fork()
-    #expect(KVCache.bytes(of: [cache, fork]).total == cache.backend.memory.liveBytes)
-    let loaded = try KVCache.load(saved: cache.saved(), backend: .cpu(threads: 1))
-    #expect(try Snapshot(loaded) == before)
-    #expect(loaded.bytes.total == loaded.backend.memory.liveBytes)
-    var outputs: [[Float]] = [[], [], []]
-    for token in 170..<260 {
-      outputs[0] += try traffic.step(fork, token..<token + 1)
-      outputs[1] += try traffic.step(loaded, token..<token + 1)
-    }
-    #expect(try Snapshot(cache) == before)
-    for token in 170..<260 { outputs[2] += try traffic.step(cache, token..<token + 1) }
-    checkClose(outputs[0], outputs[2], "a fork")
-    checkClose(outputs[1], outputs[2], "a loaded cache")
+    try checkForksAndFiles(cache, traffic, continuing: 170..<260)
   }
 
   /// What was factored cannot be cut; what is dense can.

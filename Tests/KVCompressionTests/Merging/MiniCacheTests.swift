@@ -315,23 +315,7 @@ import Testing
     try traffic.run(cache, prompt: 100, decoded: 20)
     #expect(cache.layers[0].segments[0] is DirectionSegment && cache.layers[4].segments[0] is RowSegment)
     #expect(cache.status[2].reason.contains("layers 3"))
-    let before = try Snapshot(cache)
-    let fork = cache.fork()
-    #expect(KVCache.bytes(of: [cache, fork]).total == cache.backend.memory.liveBytes)
-    let loaded = try KVCache.load(saved: cache.saved(), backend: .cpu(threads: 1))
-    #expect(try Snapshot(loaded) == before)
-    #expect(loaded.bytes.total == loaded.backend.memory.liveBytes)
-    var outputs: [[Float]] = [[], [], []]
-    for token in 120..<200 {
-      outputs[0] += try traffic.step(fork, token..<token + 1)
-      outputs[1] += try traffic.step(loaded, token..<token + 1)
-    }
-    #expect(try Snapshot(cache) == before)
-    for token in 120..<200 { outputs[2] += try traffic.step(cache, token..<token + 1) }
-    checkClose(outputs[0], outputs[2], "a fork")
-    // Kernels over codes round a run as a whole, and a loaded cache is cut into other runs.
-    checkClose(outputs[1], outputs[2], within: 1e-4, "a loaded cache")
-    #expect(cache.bytes.total + fork.bytes.total >= cache.backend.memory.liveBytes)
+    try checkForksAndFiles(cache, traffic, continuing: 120..<200, loadedWithin: 1e-4)
   }
 
   /// A cache saved before its pairs are complete waits on, loaded.

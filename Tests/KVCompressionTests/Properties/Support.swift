@@ -433,3 +433,35 @@ extension Traffic {
     return output
   }
 }
+
+/// Forks go their own way over shared memory; a saved cache continues with the same bits.
+///
+/// - Parameters:
+///   - tokens: what follows.
+///   - bound: of a loaded cache's outputs: kernels over codes round a run as a whole, and it is cut into other runs.
+func checkForksAndFiles(
+  _ cache: KVCache, _ traffic: Traffic, continuing tokens: Range<Int>, loadedWithin bound: Float = 1e-5,
+  sourceLocation: SourceLocation = #_sourceLocation
+) throws {
+  let before = try Snapshot(cache)
+  let fork = cache.fork()
+  check(
+    KVCache.bytes(of: [cache, fork]).total == cache.backend.memory.liveBytes, "bytes of a fork",
+    sourceLocation: sourceLocation)
+  let loaded = try KVCache.load(saved: cache.saved(), backend: .cpu(threads: 1))
+  check(try Snapshot(loaded) == before, "what was loaded", sourceLocation: sourceLocation)
+  check(
+    loaded.bytes.total == loaded.backend.memory.liveBytes, "bytes of what was loaded", sourceLocation: sourceLocation)
+  var outputs: [[Float]] = [[], [], []]
+  for token in tokens {
+    outputs[0] += try traffic.step(fork, token..<token + 1)
+    outputs[1] += try traffic.step(loaded, token..<token + 1)
+  }
+  check(try Snapshot(cache) == before, "a cache changed with its fork", sourceLocation: sourceLocation)
+  for token in tokens { outputs[2] += try traffic.step(cache, token..<token + 1) }
+  checkClose(outputs[0], outputs[2], "a fork", sourceLocation: sourceLocation)
+  checkClose(outputs[1], outputs[2], within: bound, "a loaded cache", sourceLocation: sourceLocation)
+  check(
+    cache.bytes.total + fork.bytes.total >= cache.backend.memory.liveBytes, "shared bytes",
+    sourceLocation: sourceLocation)
+}
