@@ -85,11 +85,18 @@ struct CUDATables {
 extension RunSlice {
   /// The description the kernels take; `start` rows of its list come before it.
   func kernelSlice(start: Int) -> kv_slice {
-    kv_slice(
-      data: UInt64(UInt(bitPattern: run.base)), scale: UInt64(UInt(bitPattern: run.scales)),
-      min: UInt64(UInt(bitPattern: run.minima)), kind: UInt32(run.encoding.kind.rawValue),
-      code: UInt32(run.encoding.code), dtype: UInt32(run.encoding.type.rawValue), bits: UInt32(run.encoding.bits),
-      group: UInt32(run.encoding.group), factor: run.encoding.factor, dim: UInt32(run.dim), first: UInt32(first),
+    let (encoding, capacity, dim) = (run.encoding, run.capacity, run.dim)
+    var (scale, least) = (UInt64(0), UInt64(0))
+    if encoding.kind.rawValue != RowEncoding.Kind.dense.rawValue {
+      // Every decoded token describes every slice: sizes are asked for once.
+      let scales = run.base + encoding.payloadBytes(rows: capacity, dim: dim)
+      scale = UInt64(UInt(bitPattern: scales))
+      least = UInt64(UInt(bitPattern: scales + encoding.scaleBytes(rows: capacity, dim: dim)))
+    }
+    return kv_slice(
+      data: UInt64(UInt(bitPattern: run.base)), scale: scale, min: least, kind: UInt32(encoding.kind.rawValue),
+      code: UInt32(encoding.code), dtype: UInt32(encoding.type.rawValue), bits: UInt32(encoding.bits),
+      group: UInt32(encoding.group), factor: encoding.factor, dim: UInt32(dim), first: UInt32(first),
       count: UInt32(count), start: UInt32(start))
   }
 }

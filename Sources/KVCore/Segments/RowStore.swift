@@ -194,16 +194,21 @@ package struct RowStore {
 
   func forEachSlice(_ range: Range<Int>, _ body: (RunSlice) -> Void) {
     if range.isEmpty { return }
-    var start = 0
-    for extent in extents {
-      let end = start + extent.rows
-      if extent.rows > 0, end > range.lowerBound, start < range.upperBound {
-        let low = max(range.lowerBound, start)
-        let high = min(range.upperBound, end)
-        body(RunSlice(run: extent.run(dim: dim), first: extent.first + low - start, count: high - low))
+    // In place: a copy of an extent would count the owners of its memory up and down, for every slice of every token.
+    extents.withUnsafeBufferPointer { extents in
+      var start = 0
+      for index in extents.indices {
+        let rows = extents[index].rows
+        let end = start + rows
+        if rows > 0, end > range.lowerBound, start < range.upperBound {
+          let low = max(range.lowerBound, start)
+          let high = min(range.upperBound, end)
+          body(
+            RunSlice(run: extents[index].run(dim: dim), first: extents[index].first + low - start, count: high - low))
+        }
+        start = end
+        if start >= range.upperBound { break }
       }
-      start = end
-      if start >= range.upperBound { break }
     }
   }
 
