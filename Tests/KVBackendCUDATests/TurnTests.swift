@@ -64,7 +64,7 @@ extension CUDATests {
           buffers.append(buffer)
         }
         // Nothing changes while it is only asked whether the rows could be held.
-        refused.append(operations.turn(turns, rotary: rotary, limit: 1.6, writes: false))
+        refused.append(operations.turn(turns, rotary: rotary, limit: 1.12, writes: false))
         #expect(operations.turn(turns, rotary: rotary, limit: 100, writes: false) == nil)
         #expect(operations.turn(turns, rotary: rotary, limit: 100, writes: true) == nil)
         var rows: [Float] = []
@@ -92,7 +92,7 @@ extension CUDATests {
       var messages: [String] = []
       for backend in [try Backend.cpu(threads: 1), try emulated()] {
         let life = try FedCache(policy, shape, backend)
-        life.size = 25_000
+        life.size = 59_000
         life.querySize = 1e-5
         _ = try life.step(9, seed: 4)
         let before = try (0..<2).map { try life.cache.read(layer: 0, head: $0) }

@@ -21,7 +21,7 @@ public struct Conformance: Sendable {
   /// Tokens of each chunk of the prompt, and how many come one by one.
   public var prompt = [33, 1, 38]
   public var decoded = 5
-  /// By how much outputs may differ: sums of some hundred products of numbers below 3, in another order.
+  /// By how much outputs may differ: sums of some hundred products of numbers below 2, in another order.
   public var bound: Float = 1e-5
   /// By how much rows that are read back may differ.
   public var rowBound: Float = 1e-4

@@ -11,7 +11,7 @@ public final class FedCache {
     cache = try KVCache(shape: shape, policy: policy, backend: backend)
   }
 
-  /// Numbers in -2.9 ... 1.1, not symmetric, so that a sum of them is none of zeros.
+  /// Numbers in -0.9 ... 1.1: not symmetric.
   public struct Numbers {
     private var state: UInt64
 
