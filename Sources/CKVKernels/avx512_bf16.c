@@ -47,18 +47,6 @@ CKV_INLINE __m512i load_stored(const char *x, const uint32_t type, uint32_t n) {
 
 CKV_INLINE uint32_t queries_at_a_time(uint32_t rest) { return rest >= 12 && rest != 16 ? 12 : rest >= 8 ? 8 : 4; }
 
-/* Memory to ask for while other work is done, a little with every step of it: all at once would have to wait for room in
- * the queue of misses, and the work behind it too. */
-typedef struct {
-  const char *next;
-  size_t step;
-} coming;
-
-/* `bytes` from `from` on, in `steps` steps. */
-CKV_INLINE coming coming_bytes(const char *from, size_t bytes, size_t steps) {
-  return (coming){from, ckv_min_u32(64, (uint32_t)((bytes + steps - 1) / steps))};
-}
-
 CKV_INLINE size_t groups_of(uint32_t padded) {
   size_t groups = 0;
   for (uint32_t j = 0; j < padded; groups++) j += queries_at_a_time(padded - j);
@@ -67,7 +55,7 @@ CKV_INLINE size_t groups_of(uint32_t padded) {
 
 /* sum[j] += the products of `steps` pairs with row j of a. */
 CKV_INLINE void add_panel(const uint32_t *restrict tile, uint32_t steps, const uint32_t *restrict a, size_t a_stride,
-                          const uint32_t nq, coming *ahead, vf sum[QUERIES][2]) {
+                          const uint32_t nq, ckv_coming *ahead, vf sum[QUERIES][2]) {
   const char *next = ahead->next;
   const size_t next_step = ahead->step;
   ahead->next += steps * next_step;
@@ -86,7 +74,7 @@ CKV_INLINE void add_panel(const uint32_t *restrict tile, uint32_t steps, const u
 /* ---- logits ----------------------------------------------------------------------------------------------------- */
 
 CKV_INLINE void logits_panel(const uint32_t *tile, uint32_t steps, const uint32_t *a, const uint32_t nq, uint32_t m,
-                             float scale, uint32_t n, coming *ahead, float *out, size_t ld) {
+                             float scale, uint32_t n, ckv_coming *ahead, float *out, size_t ld) {
   vf sum[QUERIES][2];
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) sum[j][0] = sum[j][1] = vf_zero();
@@ -130,7 +118,7 @@ CKV_INLINE void logits_of(const ckv_run *run, const uint32_t type, uint32_t firs
       for (uint32_t s = 0; s < steps; s += 16)
         vf_transpose((const float *)rows + r * steps + s, steps, (float *)tile + s * LANES + r, LANES);
     const size_t behind = ckv_min_u32(LANES, run->rows - (first + i + n)) * row_bytes;
-    coming ahead = coming_bytes(from + LANES * row_bytes, behind, steps * groups);
+    ckv_coming ahead = ckv_coming_bytes(from + LANES * row_bytes, behind, steps * groups);
     for (uint32_t j = 0, nq; j < padded; j += nq) {
       nq = queries_at_a_time(padded - j);
       const uint32_t *queries = a + (size_t)j * steps;
@@ -160,7 +148,7 @@ CKV_INLINE void store_lanes(float *to, vf x, uint32_t n) {
 }
 
 CKV_INLINE void values_panel(const uint32_t *tile, uint32_t steps, const uint32_t *a, const uint32_t nq, uint32_t m,
-                             uint32_t n, coming *ahead, float *acc, size_t stride) {
+                             uint32_t n, ckv_coming *ahead, float *acc, size_t stride) {
   const uint32_t low = ckv_min_u32(n, 16), high = n - low;
   vf sum[QUERIES][2];
   CKV_UNROLL
@@ -225,7 +213,7 @@ CKV_INLINE void accumulate_of(const ckv_run *run, const uint32_t type, uint32_t 
       else pair_rows(x, NULL, type, dim, tile + s * LANES);
     }
     const size_t behind = ckv_min_u32(TILE, run->rows - (first + i + n)) * row_bytes;
-    coming ahead = coming_bytes(from + TILE * row_bytes, behind, steps * groups * ((dim + 31) / 32));
+    ckv_coming ahead = ckv_coming_bytes(from + TILE * row_bytes, behind, steps * groups * ((dim + 31) / 32));
     for (uint32_t c = 0; c < dim; c += 32) {
       const uint32_t *panel = tile + (size_t)c * PAIRS, lanes = ckv_min_u32(32, dim - c);
       for (uint32_t j = 0, nq; j < padded; j += nq) {

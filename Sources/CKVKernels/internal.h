@@ -120,6 +120,21 @@ CKV_INLINE const void *ckv_offset(const void *p, uint32_t type, size_t elements)
   return (const char *)p + elements * ckv_size_of(type);
 }
 
+/* ---- asking for memory ------------------------------------------------------------------------------------------ */
+
+/* Memory to ask for while other work is done, a little with every step of it: all at once would have to wait for room in
+ * the queue of misses, and the work behind it too. */
+typedef struct {
+  const char *next;
+  size_t step;
+} ckv_coming;
+
+/* `bytes` from `from` on, in `steps` steps. */
+CKV_INLINE ckv_coming ckv_coming_bytes(const char *from, size_t bytes, size_t steps) {
+  size_t step = (bytes + steps - 1) / steps;
+  return (ckv_coming){from, step < 64 ? step : 64};
+}
+
 /* ---- packing rows of codes ------------------------------------------------------------------------------------ */
 
 /* Eight codes, one a byte, to eight times `bits` bits. */

@@ -174,13 +174,17 @@ static __attribute__((noinline)) void accumulate_f32(const float *rows, size_t s
 
 /* tile[c * V_TILE_LANES + i] is channel c of row i. */
 CKV_INLINE void v_logits_tile(const float *tile, uint32_t dim, uint32_t count, const float *q, const uint32_t nq,
-                              size_t q_stride, float scale, float *out, size_t ld) {
+                              size_t q_stride, float scale, ckv_coming *ahead, float *out, size_t ld) {
+  const char *next = ahead->next;
+  const size_t next_step = ahead->step;
+  ahead->next += dim * next_step;
   vf sum[V_TILE_QUERIES][V_TILE_VECTORS];
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++)
     CKV_UNROLL
     for (uint32_t k = 0; k < V_TILE_VECTORS; k++) sum[j][k] = vf_zero();
-  for (uint32_t c = 0; c < dim; c++) {
+  for (uint32_t c = 0; c < dim; c++, next += next_step) {
+    __builtin_prefetch(next);
     vf x[V_TILE_VECTORS];
     CKV_UNROLL
     for (uint32_t k = 0; k < V_TILE_VECTORS; k++) x[k] = vf_load(tile + (size_t)c * V_TILE_LANES + k * VN);
@@ -201,19 +205,74 @@ CKV_INLINE void v_logits_tile(const float *tile, uint32_t dim, uint32_t count, c
   }
 }
 
-/* Asks for the bytes of some rows of a run before they are decoded: a tile is read in a burst, too short for the
- * hardware to see where it goes, and computed on for long, while memory would idle. */
-CKV_INLINE void v_prefetch_rows(const ckv_run *run, uint32_t first, uint32_t count, uint32_t part, uint32_t parts) {
-  if (first >= run->rows) return;
-  count = ckv_min_u32(count, run->rows - first);
+/* acc += weights of nq query rows times n rows of a tile, cv vectors of channels; `lanes` channels are there. */
+CKV_INLINE void v_values_tile(const float *tile, size_t stride, uint32_t n, const float *p, const uint32_t nq, size_t ld,
+                              const uint32_t cv, uint32_t lanes, ckv_coming *ahead, float *acc, size_t acc_stride) {
+  const char *next = ahead->next;
+  const size_t next_step = ahead->step;
+  ahead->next += n * next_step;
+  vf sum[V_TILE_QUERIES][V_TILE_VECTORS];
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++)
+    CKV_UNROLL
+    for (uint32_t k = 0; k < cv; k++) {
+      const float *from = acc + j * acc_stride + k * VN;
+      sum[j][k] = (k + 1) * VN <= lanes ? vf_load(from) : vf_load_n(from, lanes - k * VN);
+    }
+  for (uint32_t i = 0; i < n; i++, tile += stride, next += next_step) {
+    __builtin_prefetch(next);
+    vf x[V_TILE_VECTORS];
+    CKV_UNROLL
+    for (uint32_t k = 0; k < cv; k++) x[k] = vf_load(tile + k * VN);
+    CKV_UNROLL
+    for (uint32_t j = 0; j < nq; j++) {
+      const vf weight = vf_set1(p[j * ld + i]);
+      CKV_UNROLL
+      for (uint32_t k = 0; k < cv; k++) sum[j][k] = vf_fma(weight, x[k], sum[j][k]);
+    }
+  }
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j++)
+    CKV_UNROLL
+    for (uint32_t k = 0; k < cv; k++) {
+      float *to = acc + j * acc_stride + k * VN;
+      if ((k + 1) * VN <= lanes) vf_store(to, sum[j][k]);
+      else vf_store_n(to, sum[j][k], lanes - k * VN);
+    }
+}
+
+/* What lies behind rows `first` to `end` of a run, as many as are there, in steps of work on these: tiles are read in a
+ * burst, too short for the hardware to see where it goes, and computed on for long, while memory would idle. */
+CKV_INLINE ckv_coming v_rows_behind(const ckv_run *run, uint32_t first, uint32_t end, size_t steps) {
+  const uint32_t count = ckv_min_u32(end - first, run->rows - end);
   size_t row = run->kind == CKV_DENSE ? (size_t)run->row_stride * ckv_size_of(run->dtype)
                : run->kind == CKV_AFFINE_ROW       ? (size_t)ckv_row_words(run->dim, run->bits) * 4
                : run->kind == CKV_AFFINE_CHANNEL   ? (size_t)run->dim * run->bits / 8
                                                    : ckv_row_bytes(run->kind, run->code, run->dim);
-  const char *from = (const char *)run->data + first * row;
-  size_t bytes = count * row, low = bytes * part / parts, high = bytes * (part + 1) / parts;
-  for (size_t at = low; at < high; at += 64) __builtin_prefetch(from + at);
+  return ckv_coming_bytes((const char *)run->data + end * row, count * row, steps);
 }
+
+/* Query rows taken at a time: as few of the sizes as there are that leave none alone. */
+CKV_INLINE uint32_t v_queries_at_a_time(uint32_t rest) {
+  if (rest >= V_TILE_QUERIES && rest != 8 && rest != 16) return V_TILE_QUERIES;
+  return rest >= 8 && V_TILE_QUERIES > 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+}
+
+CKV_INLINE size_t v_query_groups(uint32_t m) {
+  size_t groups = 0;
+  for (; m; groups++) m -= v_queries_at_a_time(m);
+  return groups;
+}
+
+/* CALL(n), n = what v_queries_at_a_time gave, as a constant. */
+#define V_FOR_QUERIES(n, CALL)                                                                                \
+  do {                                                                                                        \
+    if (n == V_TILE_QUERIES) CALL(V_TILE_QUERIES);                                                            \
+    else if (V_TILE_QUERIES > 8 && n == 8) CALL(8);                                                           \
+    else if (n == 4) CALL(4);                                                                                 \
+    else if (n == 2) CALL(2);                                                                                 \
+    else CALL(1);                                                                                             \
+  } while (0)
 
 static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
                         size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
@@ -221,20 +280,47 @@ static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, cons
   float *rows = scratch, *tile = scratch + (size_t)V_TILE_LANES * padded;
   memset(rows, 0, (size_t)V_TILE_LANES * padded * sizeof(float));
   for (uint32_t i = 0; i < count; i += V_TILE_LANES) {
-    uint32_t n = ckv_min_u32(V_TILE_LANES, count - i), j = 0;
+    uint32_t n = ckv_min_u32(V_TILE_LANES, count - i);
     decode(run, first + i, n, rows, padded);
     for (uint32_t r = 0; r < V_TILE_LANES; r += VN)
       for (uint32_t c = 0; c < padded; c += VN)
         vf_transpose(rows + (size_t)r * padded + c, padded, tile + (size_t)c * V_TILE_LANES + r, V_TILE_LANES);
-    uint32_t parts = ckv_max_u32(m / V_TILE_QUERIES, 1);
-    if (m < V_TILE_QUERIES) v_prefetch_rows(run, first + i + V_TILE_LANES, V_TILE_LANES, 0, 1);
-    for (; j + V_TILE_QUERIES <= m; j += V_TILE_QUERIES) {
-      v_prefetch_rows(run, first + i + V_TILE_LANES, V_TILE_LANES, j / V_TILE_QUERIES, parts);
-      v_logits_tile(tile, dim, n, q + j * q_stride, V_TILE_QUERIES, q_stride, scale, out + j * ld + i, ld);
+    ckv_coming ahead = v_rows_behind(run, first + i, first + i + n, dim * v_query_groups(m));
+    for (uint32_t j = 0, nq; j < m; j += nq) {
+      nq = v_queries_at_a_time(m - j);
+      const float *queries = q + j * q_stride;
+      float *to = out + j * ld + i;
+#define LOGITS(k) v_logits_tile(tile, dim, n, queries, k, q_stride, scale, &ahead, to, ld)
+      V_FOR_QUERIES(nq, LOGITS);
+#undef LOGITS
     }
-    for (; j + 4 <= m; j += 4)
-      v_logits_tile(tile, dim, n, q + j * q_stride, 4, q_stride, scale, out + j * ld + i, ld);
-    for (; j < m; j++) v_logits_tile(tile, dim, n, q + j * q_stride, 1, q_stride, scale, out + j * ld + i, ld);
+  }
+}
+
+static void accumulate_many(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
+                            float *acc, size_t acc_stride, float *scratch) {
+  enum { ROWS = 2 * CKV_TILE_ROWS };
+  const uint32_t dim = run->dim, padded = (dim + VN - 1) / VN * VN, wide = V_TILE_VECTORS * VN;
+  const size_t panels = padded / wide + padded % wide / VN;
+  for (uint32_t i = 0; i < count; i += ROWS) {
+    const uint32_t n = ckv_min_u32(ROWS, count - i);
+    decode(run, first + i, n, scratch, padded);
+    ckv_coming ahead = v_rows_behind(run, first + i, first + i + n, n * panels * v_query_groups(m));
+    for (uint32_t c = 0, step; c < padded; c += step) {
+      step = c + wide <= padded ? wide : VN;
+      const uint32_t lanes = ckv_min_u32(step, dim - c);
+      for (uint32_t j = 0, nq; j < m; j += nq) {
+        nq = v_queries_at_a_time(m - j);
+        const float *weights = p + j * ld + i;
+        float *to = acc + j * acc_stride + c;
+#define VALUES(k) v_values_tile(scratch + c, padded, n, weights, k, ld, V_TILE_VECTORS, lanes, &ahead, to, acc_stride)
+#define NARROW(k) v_values_tile(scratch + c, padded, n, weights, k, ld, 1, lanes, &ahead, to, acc_stride)
+        if (step == wide) V_FOR_QUERIES(nq, VALUES);
+        else V_FOR_QUERIES(nq, NARROW);
+#undef NARROW
+#undef VALUES
+      }
+    }
   }
 }
 
@@ -326,7 +412,7 @@ static void accumulate(const ckv_run *run, uint32_t first, uint32_t count, const
                        float *acc, size_t acc_stride, float *scratch) {
   if (count == 0 || m == 0) return;
   uint32_t type = run->dtype, dim = run->dim;
-  if (run->kind == CKV_DENSE && (type == CKV_F32 || m < CKV_MANY_QUERIES)) {
+  if (run->kind == CKV_DENSE && m < CKV_MANY_QUERIES) {
     ptrdiff_t row_bytes = (ptrdiff_t)(run->row_stride * (int64_t)ckv_size_of(type));
     const char *base = (const char *)run->data + (ptrdiff_t)first * row_bytes;
     if (type == CKV_F32) v_accumulate_dense(base, row_bytes, CKV_F32, dim, count, p, m, ld, acc, acc_stride);
@@ -341,10 +427,13 @@ static void accumulate(const ckv_run *run, uint32_t first, uint32_t count, const
 #ifdef V_AFFINE_ACCUMULATE
   if (V_AFFINE_ACCUMULATE(run, first, count, p, m, ld, acc, acc_stride, scratch)) return;
 #endif
+  if (m >= CKV_MANY_QUERIES) {
+    accumulate_many(run, first, count, p, m, ld, acc, acc_stride, scratch);
+    return;
+  }
   for (uint32_t i = 0; i < count; i += CKV_TILE_ROWS) {
     uint32_t n = ckv_min_u32(CKV_TILE_ROWS, count - i);
     decode(run, first + i, n, scratch, dim);
-    v_prefetch_rows(run, first + i + n, CKV_TILE_ROWS, 0, 1);
     accumulate_f32(scratch, dim, dim, n, p + i, m, ld, acc, acc_stride);
   }
 }
