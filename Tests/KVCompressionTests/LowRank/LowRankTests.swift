@@ -137,6 +137,71 @@ import Testing
     }
   }
 
+  /// The specification's example of xKV: two layers of three tokens.
+  @Test func twoLayersOfThreeTokens() throws {
+    let rows: [[Float]] = [[1, 0, 0, 1, 1, 1], [2, 1, 1, -1, 3, 0]]
+    let shape = ModelShape(layerCount: 2, queryHeads: 1, kvHeads: 1, headDim: 2)
+    for (rank, wanted) in [
+      (2, rows),
+      (
+        1,
+        [
+          [0.714286, 0.571429, 0.357143, 0.285714, 1.071429, 0.857143], [2, 0.142857, 1, 0.071429, 3, 0.214286],
+        ] as [[Float]]
+      ),
+    ] {
+      let store = Self.store {
+        $0.layersPerGroup = 2
+        $0.keys = .channels(rank)
+        $0.values = .channels(rank)
+        $0.beforeRotation = false
+      }
+      let cache = try KVCache(shape: shape, policy: Policy(store: store), backend: .cpu(threads: 1))
+      for (layer, own) in rows.enumerated() {
+        let view = try TensorView(own.span, heads: 1, tokens: 3, dim: 2)
+        try cache.append(layer: layer, keys: view, values: TensorView(own.span, heads: 1, tokens: 3, dim: 2))
+      }
+      try cache.finishPrefill()
+      for (layer, own) in wanted.enumerated() {
+        let held = try cache.read(layer: layer, head: 0)
+        #expect(Self.worst(held.keys, own) < 1e-5 && Self.worst(held.values, own) < 1e-5, "\(held.keys)")
+      }
+      if rank == 1 { continue }
+      // New tokens on the basis: one in its span, one that is not.
+      let segment = try #require(cache.layers[0].segments[0] as? LowRankSegment)
+      let basis = try #require(segment.lowRank.sides?.keys.basis)
+      let encoder = basis.encoderRows(unit: 0, backend: cache.backend.operations)
+      for (row, latents, residual) in [
+        ([1, 2, 4, -1], [4.407785, 1.603567], 0), ([1, 0, 0, 0], nil, 0.907485),
+      ] as [([Float], [Float]?, Float)] {
+        let found = (0..<2).map { i in (0..<4).reduce(Float(0)) { $0 + row[$1] * encoder[i * 4 + $1] } }
+        let energy = row.reduce(0) { $0 + $1 * $1 }
+        let kept = found.reduce(0) { $0 + $1 * $1 }
+        #expect(abs((max(0, energy - kept) / energy).squareRoot() - residual) < 2e-3, "\(found)")
+        if let latents { #expect(Self.worst(found.map(abs), latents) < 1e-4, "\(found)") }
+      }
+    }
+  }
+
+  /// A cache saved before the last layer of a group has its prompt waits on, loaded.
+  @Test func filesOfAHalfFinishedPrompt() throws {
+    let shape = try Geometry(4, 2, 16).shape(layers: 2, rotary: true)
+    let traffic = Traffic(shape, tokens: 130)
+    let cache = try makeCache("xkv(layers=2,rank_k=6,rank_v=8)", shape)
+    for layer in 0..<2 { try traffic.append(cache, layer, 0..<120) }
+    try cache.finishPrefill(layer: 0)
+    let loaded = try KVCache.load(saved: cache.saved(), backend: .cpu(threads: 1))
+    for one in [cache, loaded] {
+      #expect(one.layers[0].segments[0] is RowSegment)
+      try one.finishPrefill(layer: 1)
+      #expect(one.layers[0].segments[0] is LowRankSegment && one.bytes.total == one.backend.memory.liveBytes)
+    }
+    #expect(try Snapshot(loaded) == Snapshot(cache))
+    for token in 120..<130 {
+      checkSame(try traffic.step(loaded, token..<token + 1), try traffic.step(cache, token..<token + 1), "\(token)")
+    }
+  }
+
   /// Rows of a long prompt become latents a piece at a time; what runs out of memory on the way loses none, and goes on
   /// with the next step.
   @Test(arguments: [false, true])
