@@ -62,11 +62,11 @@ CKV_INLINE int32_t order_of(float x) {
   return (int32_t)(bits ^ (uint32_t)((int32_t)bits >> 31) >> 1);
 }
 
-static int64_t lowest(const float *restrict x, const float *restrict bias, size_t n) {
+CKV_INLINE int64_t lowest_of(const float *restrict x, const float *restrict bias, size_t n, const bool biased) {
   int32_t least = INT32_MAX;
   uint32_t largest = 0;
   for (size_t i = 0; i < n; i++) {
-    int32_t dead = bias ? bias[i] == -INFINITY : 0;
+    int32_t dead = biased ? bias[i] == -INFINITY : 0;
     uint32_t magnitude = dead ? 0 : ckv_bits_of(x[i]) & 0x7fffffffu;
     int32_t order = dead ? INT32_MAX : order_of(x[i]);
     least = order < least ? order : least;
@@ -74,12 +74,36 @@ static int64_t lowest(const float *restrict x, const float *restrict bias, size_
   }
   if (largest > 0x7f800000u) return -2;
   if (least == INT32_MAX) return -1;
-  for (size_t i = n; i > 0; i--)
-    if (order_of(x[i - 1]) == least && !(bias && bias[i - 1] == -INFINITY)) return (int64_t)i - 1;
+  /* Whole pieces from the end, then the last of the first one that has it. */
+  for (size_t end = n; end > 0;) {
+    size_t first = end > 256 ? end - 256 : 0;
+    uint32_t found = 0;
+    for (size_t i = first; i < end; i++)
+      found |= (uint32_t)(order_of(x[i]) == least) & (uint32_t)(biased ? bias[i] != -INFINITY : 1);
+    for (size_t i = found ? end : first; i > first; i--)
+      if (order_of(x[i - 1]) == least && !(biased && bias[i - 1] == -INFINITY)) return (int64_t)i - 1;
+    end = first;
+  }
   return -1;
 }
 
+static int64_t lowest(const float *restrict x, const float *restrict bias, size_t n) {
+  return bias ? lowest_of(x, bias, n, true) : lowest_of(x, x, n, false);
+}
+
+static size_t count_hidden(const float *bias, size_t n) {
+  size_t count = 0;
+  for (size_t first = 0; first < n; first += 1u << 20) {
+    size_t end = first + (1u << 20) < n ? first + (1u << 20) : n;
+    uint32_t part = 0;
+    for (size_t i = first; i < end; i++) part += bias[i] == -INFINITY ? 1 : 0;
+    count += part;
+  }
+  return count;
+}
+
 #define CKV_STATISTICS                                                                                               \
-  .max_scaled = max_scaled, .moments = moments, .count_below = count_below, .entropy = entropy, .lowest = lowest
+  .max_scaled = max_scaled, .moments = moments, .count_below = count_below, .entropy = entropy, .lowest = lowest,    \
+  .count_hidden = count_hidden
 
 #endif

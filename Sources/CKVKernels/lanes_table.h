@@ -2,7 +2,8 @@
 #define V_TABLE(level_name, logits_entry, accumulate_entry)                                                          \
   {                                                                                                                  \
     .name = level_name, .logits = logits_entry, .accumulate = accumulate_entry, .softmax = softmax,                  \
-    .exp_shift = exp_shift, .axpy = axpy, .scale_in_place = scale_in_place, .dot = dot, .turn = turn,                \
+    .exp_shift = exp_shift, .axpy = axpy, .add_rows = add_rows, .scale_in_place = scale_in_place, .dot = dot,        \
+    .turn = turn,                                                                                                    \
     .normalise_rows = normalise_rows, .compare_rows = compare_rows, .mix_rows = mix_rows,                            \
     .scan_rows = scan_rows, .fold = fold, .convert = convert,                                                        \
     .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \

@@ -110,6 +110,28 @@ static void axpy(float *y, const float *x, float a, size_t n) {
   if (rest) vf_store_n(y + i, vf_fma(factor, vf_load_n(x + i, rest), vf_load_n(y + i, rest)), rest);
 }
 
+/* Four rows at a time: what they are added to is read and written once. */
+static void add_rows(float *y, const float *x, size_t ld, const float *a, uint32_t m, size_t n) {
+  uint32_t j = 0;
+  for (; j + 4 <= m; j += 4, x += 4 * ld) {
+    const vf f0 = vf_set1(a[j]), f1 = vf_set1(a[j + 1]), f2 = vf_set1(a[j + 2]), f3 = vf_set1(a[j + 3]);
+    size_t i = 0;
+    for (; i + VN <= n; i += VN) {
+      vf sum = vf_fma(f0, vf_load(x + i), vf_load(y + i));
+      sum = vf_fma(f1, vf_load(x + ld + i), sum);
+      sum = vf_fma(f2, vf_load(x + 2 * ld + i), sum);
+      vf_store(y + i, vf_fma(f3, vf_load(x + 3 * ld + i), sum));
+    }
+    uint32_t rest = (uint32_t)(n - i);
+    if (!rest) continue;
+    vf sum = vf_fma(f0, vf_load_n(x + i, rest), vf_load_n(y + i, rest));
+    sum = vf_fma(f1, vf_load_n(x + ld + i, rest), sum);
+    sum = vf_fma(f2, vf_load_n(x + 2 * ld + i, rest), sum);
+    vf_store_n(y + i, vf_fma(f3, vf_load_n(x + 3 * ld + i, rest), sum), rest);
+  }
+  for (; j < m; j++, x += ld) axpy(y, x, a[j], n);
+}
+
 static void scale_in_place(float *y, float a, size_t n) {
   vf factor = vf_set1(a);
   size_t i = 0;

@@ -66,6 +66,10 @@ static void axpy(float *y, const float *x, float a, size_t n) {
   for (size_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
+static void add_rows(float *y, const float *x, size_t ld, const float *a, uint32_t m, size_t n) {
+  for (uint32_t j = 0; j < m; j++) axpy(y, x + j * ld, a[j], n);
+}
+
 static void accumulate(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                        float *acc, size_t acc_stride, float *scratch) {
   for (uint32_t i = 0; i < count; i++) {
@@ -240,6 +244,7 @@ const ckv_kernels ckv_portable = {
     .softmax = softmax,
     .exp_shift = exp_shift,
     .axpy = axpy,
+    .add_rows = add_rows,
     .scale_in_place = scale_in_place,
     .dot = dot,
     .normalise_rows = normalise_rows,

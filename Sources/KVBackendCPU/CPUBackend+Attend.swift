@@ -47,6 +47,8 @@ extension CPUBackend {
     var sibling = -1
     /// Whether an earlier piece does this one's work.
     var isLed = false
+    /// Behind the last piece of a head that this one leads; 0: each piece for itself.
+    var headEnd = 0
 
     var range: Range<Int> { first..<end }
   }
@@ -69,18 +71,22 @@ extension CPUBackend {
       start: plan.bookkeeping.values(of: Piece.self, count: pieceCount), count: max(pieceCount, 1))
     var layout = Layout()
     var scratchFloats = 0
+    var keptFloats = 0
     var filled = 0
+    let takesHeads = takesHeads(plan)
     for (index, sequence) in plan.sequences.enumerated() where sequence.tokens <= CPUBackend.fewQueries {
       scratchFloats = max(
         scratchFloats,
         RowAttention.floats(
           rows: sequence.tokens * sequence.group, keyDim: sequence.keyDim, valueDim: sequence.valueDim)
           + LatentSpace.floats(plan, sequence))
-      addPieces(of: index, plan, to: pieces, filled: &filled, layout: &layout)
+      addPieces(
+        of: index, plan, to: pieces, filled: &filled, layout: &layout, takesHeads: takesHeads, kept: &keptFloats)
     }
     linkSiblings(pieces, count: filled, plan)
     let workers = min(threads, max(filled, 1))
     let scratch = layout.take(workers * scratchFloats)
+    let kept = layout.take(workers * keptFloats)
     let memory = plan.workspace.floats(layout.total)
 
     // Queries in f32, contiguous per head, turned for the rows they meet.
@@ -95,7 +101,9 @@ extension CPUBackend {
       parallel(filled) { worker, item in
         let own = memory + scratch + worker * scratchFloats
         if pieces[item].isLed { return }
-        if pieces[item].sibling < 0 {
+        if pieces[item].headEnd > 0 {
+          addHead(item, pieces, plan, view, memory, kept: kept + worker * keptFloats, scratch: own)
+        } else if pieces[item].sibling < 0 {
           addPiece(pieces[item], plan, view, memory, scratch: own)
         } else {
           addPieces(from: item, pieces, plan, view, memory, scratch: own)
@@ -111,15 +119,24 @@ extension CPUBackend {
       {
         end += 1
       }
-      finishHead(pieces[start..<end], plan, memory)
+      if pieces[start].headEnd == 0 { finishHead(pieces[start..<end], plan, memory) }
       start = end
     }
     zeroHeadsWithoutRows(plan)
   }
 
+  /// Whether one worker goes through all pieces of a head whose weights are kept: they are then added up before other
+  /// rows have driven them out of its caches, and need memory once a worker instead of once a head. The results are those
+  /// of pieces apart.
+  private func takesHeads(_ plan: AttentionPlan) -> Bool {
+    var heads = 0
+    for sequence in plan.sequences where sequence.tokens <= CPUBackend.fewQueries { heads += sequence.kvHeads }
+    return threads == 1 || heads >= 2 * threads
+  }
+
   private func addPieces(
     of index: Int, _ plan: AttentionPlan, to pieces: UnsafeMutableBufferPointer<Piece>, filled: inout Int,
-    layout: inout Layout
+    layout: inout Layout, takesHeads: Bool, kept keptFloats: inout Int
   ) {
     let sequence = plan.sequences[index]
     let m = sequence.tokens * sequence.group
@@ -129,13 +146,23 @@ extension CPUBackend {
       var end = start
       var padded = 0
       var scored = false
+      // Rows that are decoded for several heads at once are not taken head by head.
+      var joined = false
       while end < sequence.work.upperBound, plan.rows[end].kvHead == head {
         padded += CPUBackend.padded(plan.rows[end].count)
         scored = scored || plan.rows[end].score != nil
+        joined = joined || plan.rows[end].lowRank?.keyChannels != nil
         end += 1
       }
-      let kept = scored ? layout.take(m * padded) : -1
-      let keptMaxima = scored ? layout.take(m * padded / blockRows) : -1
+      let whole = scored && takesHeads && !joined
+      var (kept, keptMaxima) = (scored ? 0 : -1, m * padded)
+      if whole {
+        keptFloats = max(keptFloats, (m * padded + m * padded / blockRows + 15) / 16 * 16)
+      } else if scored {
+        kept = layout.take(m * padded)
+        keptMaxima = layout.take(m * padded / blockRows)
+      }
+      let leader = filled
       var offset = 0
       for work in start..<end {
         let count = plan.rows[work].count
@@ -148,10 +175,12 @@ extension CPUBackend {
               sequence: index, work: work, first: first, end: min(first + rows, count), queries: queries,
               partial: layout.take(PartialBlock.floats(rows: m, valueDim: sequence.valueDim)), kept: kept,
               keptMaxima: keptMaxima, keptStride: padded, keptOffset: offset))
+          pieces[filled].isLed = whole && filled > leader
           filled += 1
         }
         offset += CPUBackend.padded(count)
       }
+      if whole, filled > leader { pieces[leader].headEnd = filled }
       start = end
     }
   }
@@ -255,6 +284,20 @@ extension CPUBackend {
       kept: kept(of: piece, memory), keptOffset: piece.keptOffset)
   }
 
+  /// All pieces of a head, and what follows them.
+  private func addHead(
+    _ leader: Int, _ pieces: UnsafeMutableBufferPointer<Piece>, _ plan: AttentionPlan, _ view: AttentionPlanView,
+    _ memory: UnsafeMutablePointer<Float>, kept: Int, scratch: UnsafeMutablePointer<Float>
+  ) {
+    let head = leader..<pieces[leader].headEnd
+    for index in head {
+      pieces[index].kept += kept
+      pieces[index].keptMaxima += kept
+      addPiece(pieces[index], plan, view, memory, scratch: scratch)
+    }
+    finishHead(pieces[head], plan, memory)
+  }
+
   func rowAttention(
     _ sequence: SequenceWork, _ view: AttentionPlanView, rows: Int, scratch: UnsafeMutablePointer<Float>
   ) -> RowAttention {
@@ -316,13 +359,25 @@ extension CPUBackend {
     _ kept: KeptWeights, offset: Int, count: Int, _ total: PartialBlock, rows: Int, from firstRow: Int,
     _ reduction: AttentionReduction, to score: UnsafeMutablePointer<Float>
   ) {
-    let add = reduction == .sum ? kernels.pointee.axpy! : kernels.pointee.max_scaled!
-    for first in stride(from: 0, to: count, by: blockRows) {
-      let length = min(blockRows, count - first)
-      let maxima = kept.maxima + (offset + first) / blockRows * rows
-      for row in firstRow..<rows where total.sums[row] > 0 && maxima[row] > -.infinity {
-        let factor = expf(maxima[row] - total.maxima[row]) / total.sums[row]
-        add(score + first, kept.base + row * kept.stride + offset + first, factor, length)
+    if firstRow >= rows { return }
+    withUnsafeTemporaryAllocation(of: Float.self, capacity: rows - firstRow) { factors in
+      guard let factor = factors.baseAddress else { return }
+      for first in stride(from: 0, to: count, by: blockRows) {
+        let length = min(blockRows, count - first)
+        let maxima = kept.maxima + (offset + first) / blockRows * rows
+        let lines = kept.base + firstRow * kept.stride + offset + first
+        for row in firstRow..<rows {
+          // The weights of a query that sees none of the rows are zeros.
+          let sees = total.sums[row] > 0 && maxima[row] > -.infinity
+          factor[row - firstRow] = sees ? expf(maxima[row] - total.maxima[row]) / total.sums[row] : 0
+        }
+        switch reduction {
+        case .sum: kernels.pointee.add_rows!(score + first, lines, kept.stride, factor, UInt32(factors.count), length)
+        case .max:
+          for row in 0..<factors.count where factor[row] > 0 {
+            kernels.pointee.max_scaled!(score + first, lines + row * kept.stride, factor[row], length)
+          }
+        }
       }
     }
   }

@@ -170,6 +170,8 @@ extension CPUBackend {
     memmove(target.base + row * bytes, source.run.base + source.first * bytes, source.count * bytes)
   }
 
+  package func hidden(_ bias: UnsafePointer<Float>, count: Int) -> Int { kernels.pointee.count_hidden!(bias, count) }
+
   package func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int {
     Int(kernels.pointee.lowest!(values, bias, count))
   }

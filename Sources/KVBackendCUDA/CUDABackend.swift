@@ -123,6 +123,8 @@ package final class CUDABackend: ComputeBackend {
   }
 
   /// Columns are in pinned memory, which the processor reads as its own.
+  package func hidden(_ bias: UnsafePointer<Float>, count: Int) -> Int { host.hidden(bias, count: count) }
+
   package func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int {
     host.lowest(values, bias: bias, count: count)
   }

@@ -140,7 +140,9 @@ public struct PrefixAllocator: LayerAllocator {
       zip(requests, counts).map { request, count in
         var changed = request
         for head in request.rows.indices {
-          if let earlier = request.earlier, count == nil || earlier.tokensSeen < request.tokensSeen && !keep.isEmpty {
+          if let earlier = request.earlier,
+            count == nil || (1..<request.tokensSeen).contains(earlier.tokensSeen) && !keep.isEmpty
+          {
             changed.budget[head] = grown(earlier, head, request)
           } else if let count {
             changed.budget[head] = count
@@ -152,7 +154,9 @@ public struct PrefixAllocator: LayerAllocator {
   }
 
   /// A layer by itself keeps what it got when all were compared; with a share for a budget it grows with the tokens seen.
+  /// A prompt of which all fitted compared nothing.
   private func grown(_ earlier: EarlierAllocation, _ head: Int, _ request: AllocationRequest) -> Int {
+    if keep.isEmpty, earlier.tokensSeen <= earlier.budget[head] { return request.budget[head] }
     guard share != nil || !keep.isEmpty, earlier.tokensSeen > 0 else { return earlier.kept[head] }
     let kept = Double(earlier.kept[head]) / Double(earlier.tokensSeen) * Double(request.tokensSeen)
     // A product within rounding of an integer is that integer.

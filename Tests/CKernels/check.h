@@ -21,7 +21,8 @@ void *exact(size_t bytes);
 double value_of(const void *p, uint32_t type, size_t i);
 size_t size_of(uint32_t type);
 
-void check_vectors(pair p);  /* softmax, exp_shift, axpy, scale, dot, convert, first_nonfinite, read_memory */
+/* softmax, exp_shift, axpy, scale, dot, statistics, convert, first_nonfinite, read_memory */
+void check_vectors(pair p);
 void check_coding(pair p);   /* encode_channel, encode_row, decode */
 void check_attention(pair p); /* logits, accumulate */
 void check_map(pair p); /* hadamard, rows behind a map */

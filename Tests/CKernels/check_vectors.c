@@ -271,10 +271,97 @@ static void check_fold(pair p, size_t n) {
   free(start);
 }
 
+/* The bits of one call of axpy a row. */
+static void check_add_rows(pair p, size_t n, uint32_t m) {
+  rng r = {n * 131 + m};
+  size_t ld = n + 3;
+  float *x = random_floats(&r, m * ld, 3), *y = random_floats(&r, n, 3), *a = random_floats(&r, m, 1);
+  float *want = copy_floats(y, n);
+  if (m > 1) a[1] = 0;
+  for (uint32_t j = 0; j < m; j++) p.level->axpy(want, x + j * ld, a[j], n);
+  p.level->add_rows(y, x, ld, a, m, n);
+  expect(memcmp(y, want, n * sizeof(float)) == 0, "%s add_rows n=%zu m=%u", p.level->name, n, m);
+  free(x);
+  free(y);
+  free(a);
+  free(want);
+}
+
+static void check_statistics(pair p, size_t n) {
+  rng r = {n + 31};
+  float *x = random_floats(&r, n, 1), *start = random_floats(&r, n, 1), *origin = random_floats(&r, n, 1);
+  float a = 0.5f + fabsf(rng_float(&r)), pivot = 0.2f;
+  for (size_t i = 0; i < n; i++) x[i] = fabsf(x[i]);
+  float *max = copy_floats(start, n), *sum = copy_floats(start, n), *spread = copy_floats(start, n);
+  float *count = copy_floats(start, n);
+  p.level->max_scaled(max, x, a, n);
+  p.level->moments(sum, spread, origin, x, a, n);
+  p.level->count_below(count, x, a, pivot, n);
+  double entropy = 0;
+  for (size_t i = 0; i < n; i++) {
+    float w = a * x[i];
+    double weight = (double)a * (double)x[i], away = weight - (double)origin[i];
+    expect(max[i] == (w > start[i] ? w : start[i]), "%s max_scaled n=%zu i=%zu", p.level->name, n, i);
+    expect(count[i] == start[i] + (w < pivot ? 1.0f : 0.0f), "%s count_below n=%zu i=%zu", p.level->name, n, i);
+    expect(fabs((double)sum[i] - (double)start[i] - weight) <= 4 * eps * (fabs((double)start[i]) + weight),
+           "%s moments sum n=%zu i=%zu", p.level->name, n, i);
+    double bound = 8 * eps * (fabs((double)start[i]) + (fabs(away) + weight + fabs((double)origin[i])) * fabs(away) +
+                              away * away);
+    expect(fabs((double)spread[i] - (double)start[i] - away * away) <= bound, "%s moments spread n=%zu i=%zu",
+           p.level->name, n, i);
+    entropy -= weight * log(weight + 1e-10);
+  }
+  double size = 0;
+  for (size_t i = 0; i < n; i++) size += fabs((double)a * (double)x[i] * log((double)a * (double)x[i] + 1e-10));
+  expect(fabs(p.level->entropy(x, a, n) - entropy) <= 1e-5 * size, "%s entropy n=%zu", p.level->name, n);
+  free(x);
+  free(start);
+  free(origin);
+  free(max);
+  free(sum);
+  free(spread);
+  free(count);
+}
+
+/* Of equal numbers the last, whatever is hidden; both zeros are equal; NaN counts only where nothing hides it. */
+static void check_lowest(pair p, size_t n, int values, bool hides) {
+  rng r = {n * 7 + (size_t)values};
+  float *x = exact(n * sizeof(float)), *bias = hides ? exact(n * sizeof(float)) : NULL;
+  long want = -1;
+  size_t hidden = 0;
+  for (size_t i = 0; i < n; i++) {
+    x[i] = (float)((int)(fabsf(rng_float(&r)) * (float)values) - 1);
+    if (x[i] == 0 && i % 2) x[i] = -0.0f;
+    if (hides) {
+      bias[i] = rng_float(&r) > 0 ? -INFINITY : rng_float(&r);
+      hidden += bias[i] == -INFINITY;
+      if (bias[i] == -INFINITY && i % 5 == 0) x[i] = NAN;
+      if (bias[i] == -INFINITY) continue;
+    }
+    if (want < 0 || x[i] <= x[want]) want = (long)i;
+  }
+  int64_t got = p.level->lowest(x, bias, n);
+  expect(got == want, "%s lowest of %zu is %ld, not %ld", p.level->name, n, want, (long)got);
+  if (hides) expect(p.level->count_hidden(bias, n) == hidden, "%s hidden of %zu", p.level->name, n);
+  if (want >= 0) {
+    x[want] = NAN;
+    expect(p.level->lowest(x, bias, n) == -2, "%s lowest of %zu with a NaN", p.level->name, n);
+  }
+  free(x);
+  free(bias);
+}
+
 void check_vectors(pair p) {
   for (size_t l = 0; l < LENGTHS; l++) {
     check_plain(p, lengths[l]);
     check_fold(p, lengths[l]);
+    for (uint32_t m = 1; m < 10; m++) check_add_rows(p, lengths[l], m);
+    check_statistics(p, lengths[l]);
+    for (int values = 1; values < 5; values++) {
+      check_lowest(p, lengths[l], values, false);
+      check_lowest(p, lengths[l], values, true);
+      check_lowest(p, lengths[l], 100 * values, true);
+    }
     if (lengths[l] > 0) check_scan(p, (uint32_t)lengths[l]);
     for (int infinities = 0; infinities < 3; infinities++)
       for (int variant = 0; variant < 4; variant++)

@@ -19,10 +19,14 @@ struct BenchCommand: ParsableCommand {
       evict-score    scores of a prompt of 32768; evict-select: which rows stay; evict-move: bringing them there. Bytes \
       are those of its keys, so that the share of the read bandwidth is one read of the keys over the time
       decode         one decoded token with all of 32768 rows, and with a half to a twentieth of them
+      peak           a prompt of 32768 through one KV head in chunks of 512, cut to 2048 rows after each: bytes are the \
+      most there ever were; vs f16: over those of the whole prompt; vs plain: over those of 2560 rows with what the policy \
+      remembers of them; checked: not more
       prefill        a prompt of 8192 in chunks of 512 through one KV head, plain and with H2O's sums
       factor         latents of a prompt of 32768 tokens: 1024 channels at rank 256, and 4096 (q4: four layers) at rank \
       512; checked: the error is at most 1 % above the least. processorMilliseconds in the JSON is the time of all threads
-      h2o-step       one decoded token with a full budget: append, attend, add up the attention, drop
+      evict-token    a decoded token at a full budget, append to eviction: the mean over a whole period of evictions. vs \
+      f16: over the same tokens through a cache that holds as many rows and evicts nothing
 
       attend-b16     with --backend cuda: one new token of 16 sequences in one call
 

@@ -162,6 +162,8 @@ typedef struct {
 
     /* y[i] += a * x[i] ; y[i] *= a */
     void (*axpy)(float *y, const float *x, float a, size_t n);
+    /* y[i] += a[j] * x[j*ld + i], j from 0 to m - 1: the bits of m calls of axpy. */
+    void (*add_rows)(float *y, const float *x, size_t ld, const float *a, uint32_t m, size_t n);
     void (*scale_in_place)(float *y, float a, size_t n);
 
     /* Plain strict-order-free dot product and the block product used for attention of many queries when BLAS is
@@ -251,6 +253,8 @@ typedef struct {
     /* Index of the smallest x[i] whose bias (if any) is not minus infinity, of equal ones the last; both zeros are
      * equal. -1: there is none. -2: one of them is NaN. */
     int64_t (*lowest)(const float *x, const float *bias, size_t n);
+    /* How many are minus infinity. */
+    size_t (*count_hidden)(const float *bias, size_t n);
 
     /* ---- memory bandwidth, for benchmarks ------------------------------------------------------------------ */
 

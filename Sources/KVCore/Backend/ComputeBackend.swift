@@ -67,6 +67,8 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// Index of the smallest number whose bias (if any) is not minus infinity, of equal ones the last; -1 when there is
   /// none, -2 when one of them is NaN. Host memory.
   func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int
+  /// How many of some log biases are minus infinity. Host memory.
+  func hidden(_ bias: UnsafePointer<Float>, count: Int) -> Int
 
   /// Rows as f32, `stride` floats apart, in host memory.
   func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int)

@@ -32,6 +32,10 @@ package final class DryRunBackend: ComputeBackend {
     return best
   }
 
+  package func hidden(_ bias: UnsafePointer<Float>, count: Int) -> Int {
+    UnsafeBufferPointer(start: bias, count: count).count { $0 == -.infinity }
+  }
+
   /// Zeros: a scorer that looks at keys sees equal ones, never what happened to lie in memory.
   package func read(_ slice: RunSlice, into destination: UnsafeMutablePointer<Float>, stride: Int) {
     for row in 0..<slice.count { (destination + row * stride).update(repeating: 0, count: slice.run.dim) }

@@ -143,7 +143,7 @@ extension KVCache {
       if let interval = policy.schedule.decodeInterval {
         state.decodedSinceCompression += fresh
         if state.decodedSinceCompression >= interval {
-          if try !evictInPlace(state) { try compress([state], when: true) }
+          if try !evictInPlace(state), selects(state), isTriggered(state) { try compress([state], when: true) }
           state.decodedSinceCompression = 0
           batch = .every(interval)
         }
@@ -345,9 +345,13 @@ extension KVCache {
   /// Whether some head holds more rows than the schedule lets pass.
   private func isTriggered(_ state: LayerState) -> Bool {
     guard let trigger = policy.schedule.trigger else { return true }
-    for head in 0..<state.shape.kvHeads
-    where state.liveRows(head: head) > resolve(trigger, state, head: head, tokens: state.seen) { return true }
-    state.outcome = .withinBudget(rows: (0..<state.shape.kvHeads).map { state.liveRows(head: $0) }.max() ?? 0)
+    var most = 0
+    for head in 0..<state.shape.kvHeads {
+      let rows = state.liveRows(head: head)
+      if rows > resolve(trigger, state, head: head, tokens: state.seen) { return true }
+      most = max(most, rows)
+    }
+    state.outcome = .withinBudget(rows: most)
     return false
   }
 
@@ -435,6 +439,7 @@ extension KVCache {
   private func apply(_ plan: LayerPlan, moreToCome: Bool) throws(KVError) {
     let state = plan.state
     if state.phase == .prefill { state.allocation = plan.allocation }
+    state.headsAreAlike = false
     let before = plan.rows.max() ?? 0
     guard let routing = plan.routing else {
       state.outcome = .withinBudget(rows: before)

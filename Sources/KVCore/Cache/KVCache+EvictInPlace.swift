@@ -34,7 +34,10 @@ extension KVCache {
       if let trigger, live <= resolve(trigger, state, head: head, tokens: state.seen) { continue }
       excess = max(excess, live - resolve(policy.budget, state, head: head, tokens: state.seen))
     }
-    if inPlace.scorer.sharedByHeads, !headsAreAlike(segment) { return false }
+    if inPlace.scorer.sharedByHeads {
+      if !state.headsAreAlike { state.headsAreAlike = headsAreAlike(segment) }
+      if !state.headsAreAlike { return false }
+    }
     if excess <= 0 {
       state.outcome = .withinBudget(rows: before)
       state.chosenTokens = state.seen
@@ -42,17 +45,24 @@ extension KVCache {
     }
     try checkObserved(state)
     try segment.prepareDrop()
-    // All scores first: a NaN is found before any head loses a row.
-    let scores = try score(inPlace.scorer, state, segment)
-    var start = 0
+    // All scores and every head's lowest first: a NaN is found before any head loses a row.
+    let scores = score(inPlace.scorer, state, segment)
+    let lowest = victims.values(of: Int.self, count: heads)
     for head in 0..<heads {
       let columns = segment.observed(head: head)
-      let budget = resolve(policy.budget, state, head: head, tokens: state.seen)
-      let triggered = trigger.map { columns.live > resolve($0, state, head: head, tokens: state.seen) } ?? true
-      if triggered, columns.live > budget {
-        drop(columns.live - budget, head, segment, scores: scores + start, protection: inPlace.protection)
+      lowest[head] = try self.lowest(
+        of: columns, scores(columns, head), among: unprotected(head, state, columns), state, head)
+    }
+    for head in 0..<heads {
+      let columns = segment.observed(head: head)
+      let excess = self.excess(of: head, state, columns.live)
+      // Budgets of their own make heads differ.
+      if head > 0, segment.liveCount(head: 0) != columns.live - excess { state.headsAreAlike = false }
+      if excess > 0 {
+        drop(
+          excess, head, segment, scores: scores(columns, head), among: unprotected(head, state, columns),
+          lowest: lowest[head])
       }
-      start += KVCache.padded(columns.count)
     }
     do throws(KVError) {
       try segment.reclaim(eager: false)
@@ -79,70 +89,99 @@ extension KVCache {
     return true
   }
 
-  /// Scores of all slots of all heads, each head padded to whole vectors, in reused memory.
-  private func score(
-    _ scorer: some RowScorer, _ state: LayerState, _ segment: any Segment
-  ) throws(KVError) -> UnsafeMutablePointer<Float> {
-    var total = 0
-    for head in 0..<segment.kvHeads { total += KVCache.padded(segment.slotCount(head: head)) }
-    let scores = stepWeights.floats(total)
-    var start = 0
-    for head in 0..<segment.kvHeads {
+  /// Rows of a head to drop.
+  private func excess(of head: Int, _ state: LayerState, _ live: Int) -> Int {
+    if let trigger = policy.schedule.trigger, live <= resolve(trigger, state, head: head, tokens: state.seen) { return 0 }
+    return max(0, live - resolve(policy.budget, state, head: head, tokens: state.seen))
+  }
+
+  /// Slots of a head that nothing protects.
+  private func unprotected(_ head: Int, _ state: LayerState, _ columns: ObservedColumns) -> Range<Int> {
+    guard let inPlace else { return 0..<0 }
+    let split = inPlace.protection.split(kept: columns.live - excess(of: head, state, columns.live), of: columns.live)
+    let first = columns.slot(ofRow: split.sinks, backend.operations)
+    return first..<max(first, columns.slot(ofRowFromEnd: split.window, backend.operations))
+  }
+
+  /// The slot with the lowest score among some, -1 where all are dead. Looks at the scores of the others too.
+  private func lowest(
+    of columns: ObservedColumns, _ scores: UnsafePointer<Float>, among slots: Range<Int>, _ state: LayerState,
+    _ head: Int
+  ) throws(KVError) -> Int {
+    func lowest(_ part: Range<Int>) throws(KVError) -> Int {
+      let index = backend.operations.lowest(
+        scores + part.lowerBound, bias: columns.bias.map { $0 + part.lowerBound }, count: part.count)
+      if index == -2 { throw KVError(.nonFinite, "the score of a row is NaN", layer: state.layer, head: head) }
+      return index < 0 ? -1 : part.lowerBound + index
+    }
+    _ = try lowest(0..<slots.lowerBound)
+    _ = try lowest(slots.upperBound..<columns.count)
+    return try lowest(slots)
+  }
+
+  /// Where the scores of the slots of a head lie.
+  private enum Scores {
+    /// All heads after one another, each padded to whole vectors.
+    case memory(UnsafeMutablePointer<Float>, stride: Int)
+    case column(Int)
+
+    func callAsFunction(_ columns: ObservedColumns, _ head: Int) -> UnsafePointer<Float> {
+      switch self {
+      case .memory(let base, let stride): UnsafePointer(base + head * stride)
+      case .column(let index): UnsafePointer(columns.base.unsafelyUnwrapped + index * columns.stride)
+      }
+    }
+  }
+
+  /// Scores of all slots of all heads, in reused memory or where they lie.
+  private func score(_ scorer: some RowScorer, _ state: LayerState, _ segment: any Segment) -> Scores {
+    let heads = segment.kvHeads
+    if let column = scorer.scoreColumn, !scorer.sharedByHeads {
+      var observed = true
+      for head in 0..<heads where segment.observed(head: head).base == nil { observed = false }
+      if observed { return .column(column) }
+    }
+    var stride = 0
+    for head in 0..<heads { stride = max(stride, KVCache.padded(segment.slotCount(head: head))) }
+    let scores = stepWeights.floats(heads * stride)
+    for head in 0..<heads {
       let columns = segment.observed(head: head)
+      let own = scores + head * stride
       scorer.score(
         ObservedRows(
           columns, weights: UnsafeBufferPointer(start: nil, count: 0), queries: 0, group: state.shape.group,
           tokensSeen: state.seen, decodedTokens: state.decodedTokens, prompt: false),
-        into: UnsafeMutableBufferPointer(start: scores + start, count: columns.count))
+        into: UnsafeMutableBufferPointer(start: own, count: columns.count))
       if scorer.sharedByHeads, head > 0 {
-        for slot in 0..<columns.count { scores[slot] += scores[start + slot] }
-      }
-      start += KVCache.padded(columns.count)
-    }
-    if scorer.sharedByHeads {
-      // The mean and the sum over the heads choose alike; every head reads the first one's.
-      start = 0
-      for head in 0..<segment.kvHeads {
-        let count = segment.slotCount(head: head)
-        if head > 0 { (scores + start).update(from: scores, count: count) }
-        start += KVCache.padded(count)
+        for slot in 0..<columns.count { scores[slot] += own[slot] }
       }
     }
-    start = 0
-    for head in 0..<segment.kvHeads {
-      let columns = segment.observed(head: head)
-      if backend.operations.lowest(scores + start, bias: columns.bias, count: columns.count) == -2 {
-        throw KVError(.nonFinite, "the score of a row is NaN", layer: state.layer, head: head)
-      }
-      start += KVCache.padded(columns.count)
-    }
-    return scores
+    // The mean and the sum over the heads choose alike; every head reads the first one's.
+    return .memory(scores, stride: scorer.sharedByHeads ? 0 : stride)
   }
 
-  /// Marks the `excess` lowest rows dead, among those that are not protected.
+  /// Marks the `excess` lowest rows dead, among slots that are not protected.
   private func drop(
-    _ excess: Int, _ head: Int, _ segment: any Segment, scores: UnsafeMutablePointer<Float>, protection: Protection
+    _ excess: Int, _ head: Int, _ segment: any Segment, scores: UnsafePointer<Float>, among slots: Range<Int>,
+    lowest: Int
   ) {
-    let columns = segment.observed(head: head)
-    let split = protection.split(kept: columns.live - excess, of: columns.live)
-    let first = columns.slot(ofRow: split.sinks)
-    let end = columns.slot(ofRowFromEnd: split.window)
-    if excess > KVCache.fewRows {
-      return drop(excess, head, segment, scores: scores, among: first..<end)
-    }
-    for _ in 0..<excess {
-      // Dropping may give the head its first log bias.
+    if excess > KVCache.fewRows { return drop(excess, head, segment, scores: scores, among: slots) }
+    var next = lowest
+    for dropped in 1...excess {
+      if next < 0 { return }
+      segment.drop(head: head, slot: next)
+      if dropped == excess { return }
+      // Dropping may have given the head its first log bias.
       let bias = segment.observed(head: head).bias
       let index = backend.operations.lowest(
-        scores + first, bias: bias.map { $0 + first }, count: end - first)
-      if index < 0 { return }
-      segment.drop(head: head, slot: first + index)
+        scores + slots.lowerBound, bias: bias.map { $0 + slots.lowerBound }, count: slots.count)
+      next = index < 0 ? -1 : slots.lowerBound + index
     }
   }
 
   /// The same for many rows: a threshold instead of one search each. Of equal scores the later go.
   private func drop(
-    _ excess: Int, _ head: Int, _ segment: any Segment, scores: UnsafeMutablePointer<Float>, among slots: Range<Int>
+    _ excess: Int, _ head: Int, _ segment: any Segment, scores: UnsafePointer<Float>, among slots: Range<Int>
   ) {
     let live = candidates.floats(slots.count)
     var count = 0
@@ -166,36 +205,33 @@ extension KVCache {
 }
 
 extension ObservedColumns {
-  /// Dead slots of a range. One vector loop.
-  private func dead(_ range: Range<Int>) -> Int {
-    guard let bias else { return 0 }
-    var count: Int32 = 0
-    for slot in range { count &+= bias[slot] == -.infinity ? 1 : 0 }
-    return Int(count)
+  private func dead(_ range: Range<Int>, _ backend: any ComputeBackend) -> Int {
+    guard let bias, !range.isEmpty else { return 0 }
+    return backend.hidden(bias + range.lowerBound, count: range.count)
   }
 
   /// The slot where the first `rows` live rows end.
-  fileprivate func slot(ofRow rows: Int) -> Int {
+  fileprivate func slot(ofRow rows: Int, _ backend: any ComputeBackend) -> Int {
     var slot = rows
     var counted = 0
-    var missing = dead(0..<min(slot, count))
+    var missing = dead(0..<min(slot, count), backend)
     while missing > 0, slot < count {
       counted = slot
       slot = min(slot + missing, count)
-      missing = dead(counted..<slot)
+      missing = dead(counted..<slot, backend)
     }
     return min(slot, count)
   }
 
   /// The slot where the last `rows` live rows begin.
-  fileprivate func slot(ofRowFromEnd rows: Int) -> Int {
+  fileprivate func slot(ofRowFromEnd rows: Int, _ backend: any ComputeBackend) -> Int {
     var slot = max(count - rows, 0)
     var counted = count
-    var missing = dead(slot..<counted)
+    var missing = dead(slot..<counted, backend)
     while missing > 0, slot > 0 {
       counted = slot
       slot = max(slot - missing, 0)
-      missing = dead(slot..<counted)
+      missing = dead(slot..<counted, backend)
     }
     return slot
   }

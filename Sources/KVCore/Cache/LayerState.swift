@@ -29,6 +29,8 @@ package final class LayerState {
   /// Positions below this can no longer be cut off: something was dropped, or the statistics know later tokens.
   var frozenBelow = 0
   var outcome = LayerOutcome.untouched
+  /// Whether all heads were seen to hold the same slots, and nothing but appending and evicting alike came since.
+  var headsAreAlike = false
   /// What the router remembers between its calls: a few numbers.
   var routerMemory: [Float] = []
   /// What the last choice of the prompt gave the heads.

@@ -8,6 +8,8 @@ public struct AccumulatedAttention: RowScorer {
 
   public var inputs: RequiredInputs { RequiredInputs(observer: AttentionSum()) }
 
+  public var scoreColumn: Int? { ageNormalised ? nil : 0 }
+
   public func score(_ rows: ObservedRows, into scores: UnsafeMutableBufferPointer<Float>) {
     let sums = rows.column(0)
     if sums.baseAddress == nil {

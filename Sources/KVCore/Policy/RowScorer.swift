@@ -3,12 +3,15 @@
 public protocol RowScorer: Scorer {
   /// Whether all heads of a layer share one score per row, the mean over the heads that hold it (TOVA).
   var sharedByHeads: Bool { get }
+  /// The observed column that is the score as it stands, where one is.
+  var scoreColumn: Int? { get }
   /// Scores the slots of one KV head in one tier. What dead slots get does not matter.
   func score(_ rows: ObservedRows, into scores: UnsafeMutableBufferPointer<Float>)
 }
 
 extension RowScorer {
   public var sharedByHeads: Bool { false }
+  public var scoreColumn: Int? { nil }
 
   public func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
     layer.score(rows: self, into: &scores)

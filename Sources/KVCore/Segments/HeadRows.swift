@@ -52,8 +52,11 @@ package struct HeadRows {
     for slot in dropped { columns.drop(slot) }
   }
 
-  /// Dead slots worth reclaiming: a few for small heads, at most 64.
-  package var reclaimThreshold: Int { min(64, max(8, live / 8)) }
+  /// Dead slots worth reclaiming: a few for small heads, 64 for larger ones, and the root of the rows for those that are
+  /// so long that moving all of them every 64 tokens would cost more than reading dead rows.
+  package var reclaimThreshold: Int {
+    min(max(64, Int(Double(live).squareRoot())), max(8, live / 8))
+  }
 
   /// The same live rows without the dead slots, except those inside per-channel groups that still hold more live rows
   /// than their memory could hold dense.

@@ -13,6 +13,8 @@ package struct SlotColumns {
   package var observed: Column<Float>?
   package var counts: Column<UInt32>?
   package var dead = 0
+  /// Whether a log bias may be other than 0 and minus infinity.
+  package var weighs = false
 
   package init() {}
 
@@ -31,6 +33,7 @@ package struct SlotColumns {
     _ added: Int, biased: Bool = false, observed width: Int, counted: Bool = false, backend: any ComputeBackend
   ) throws(KVError) {
     try SlotColumns.reserve(&bias, added, slots: count, wanted: biased, of: 0, width: 1, backend: backend)
+    if biased { weighs = true }
     try SlotColumns.reserve(&observed, added, slots: count, wanted: width > 0, of: 0, width: width, backend: backend)
     try SlotColumns.reserve(&counts, added, slots: count, wanted: counted, of: 1, width: 1, backend: backend)
   }
@@ -128,6 +131,7 @@ package struct SlotColumns {
     var result = SlotColumns()
     result.positions = try positions.gathered(kept, backend: backend)
     result.dead = dead == 0 ? 0 : kept.count { !isLive($0) }
+    result.weighs = weighs
     if let bias, kept.contains(where: { bias[$0] != 0 }) { result.bias = try bias.gathered(kept, backend: backend) }
     if let observed { result.observed = try observed.gathered(kept, backend: backend) }
     if let counts, kept.contains(where: { counts[$0] != 1 }) {
@@ -231,7 +235,8 @@ package struct SlotColumns {
   package func carry(_ slots: Range<Int>, to work: inout RowsWork) {
     work.positions = positions.explicit?.base.map { UnsafePointer($0) + slots.lowerBound }
     work.firstPosition = positions.first + slots.lowerBound
-    work.bias = bias?.base.map { UnsafePointer($0) + slots.lowerBound }
+    // Marks of dead slots that are no more say nothing: attention need not read them.
+    work.bias = dead > 0 || weighs ? bias?.base.map { UnsafePointer($0) + slots.lowerBound } : nil
     work.score = observed?.base.map { $0 + slots.lowerBound }
     work.sortedFrom = max(0, min(positions.sortedFrom, slots.upperBound) - slots.lowerBound)
     work.highest = positions.highest
@@ -251,6 +256,8 @@ package struct SlotColumns {
     let counted = (0..<count).count { !isLive($0) }
     precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
     precondition(bias.map { $0.count == count } ?? true, "one bias per slot")
+    precondition(
+      weighs || (0..<count).allSatisfy { logBias($0) == 0 || logBias($0) == -.infinity }, "log biases are marks alone")
     precondition(observed.map { $0.count == count } ?? true, "observed numbers of every slot")
     precondition(counts.map { $0.count == count } ?? true, "one count per slot")
   }
@@ -299,13 +306,14 @@ extension SlotColumns {
     let slots = try reader.count("slots", in: 0...tokensSeen)
     dead = try reader.count("dead slots", in: 0...slots)
     positions = try PositionColumn(from: &reader, count: slots, tokensSeen: tokensSeen, backend: backend)
-    var hidden = 0
+    var (hidden, weighed) = (0, false)
     if try reader.bool("whether there are log biases") {
       bias = try Column<Float>(from: &reader, count: slots, "log biases", backend: backend) { value in
-        if value == -.infinity { hidden += 1 }
+        if value == -.infinity { hidden += 1 } else if value != 0 { weighed = true }
         return value < .infinity
       }
     }
+    weighs = weighed
     guard hidden == dead else {
       throw reader.corrupt("expected \(dead) dead slots, those with a log bias of minus infinity; found \(hidden)")
     }

@@ -12,10 +12,13 @@ import Testing
     func score(_ layer: LayerView, into scores: inout ScoreTable) throws(KVError) {
       for head in 0..<layer.kvHeads {
         for row in 0..<layer.rowCount(head: head) {
-          let mixed = (layer.position(head: head, row: row) * 7 + head * 5 + layer.layer * 3) % 11
-          scores[head, row] = Float(mixed % levels)
+          scores[head, row] = score(layer.layer, head, layer.position(head: head, row: row))
         }
       }
+    }
+
+    func score(_ layer: Int, _ head: Int, _ position: Int) -> Float {
+      Float((position * 7 + head * 5 + layer * 3) % 11 % levels)
     }
   }
 
@@ -58,6 +61,185 @@ import Testing
             }
           }
         }
+      }
+    }
+  }
+
+  // MARK: Decoding
+
+  /// When a sweep's policy chooses, and what that leaves of a head that all its rows fit.
+  struct Clock {
+    let budget: Int
+    let every: Int
+    let over: Int?
+    var rows = 0
+    private var since = 0
+
+    init(budget: Int, every: Int, over: Int?) {
+      self.budget = budget
+      self.every = every
+      self.over = over
+    }
+
+    var schedule: Schedule {
+      Schedule(afterPrefill: true, decodeInterval: every, trigger: over.map { .tokens($0) })
+    }
+
+    /// - Returns: whether the policy chooses.
+    private mutating func choose() -> Bool {
+      if let over, rows <= over { return false }
+      rows = min(rows, budget)
+      return true
+    }
+
+    mutating func prompt(_ tokens: Int) {
+      rows = tokens
+      _ = choose()
+    }
+
+    mutating func step() -> Bool {
+      rows += 1
+      since += 1
+      if since < every { return false }
+      since = 0
+      return choose()
+    }
+  }
+
+  /// What the rule "none" keeps, by sorting.
+  static func expected(
+    _ rows: [Int], keeping budget: Int, sinks: Int, window: Int, score: (Int) -> Float
+  ) -> [Int] {
+    if rows.count <= budget { return rows }
+    let middle = rows.dropFirst(sinks).dropLast(window)
+    let best = middle.sorted { (score($0), $1) > (score($1), $0) }.prefix(budget - sinks - window)
+    return Array(rows.prefix(sinks)) + best.sorted() + Array(rows.suffix(window))
+  }
+
+  /// The same cases token by token, under every kind of schedule, and in turns with another sequence of the same policy.
+  @Test(arguments: changes.map(\.0))
+  func everySmallCaseWhileDecoding(name: String) throws {
+    let change = try #require(Self.changes.first { $0.0 == name }).1
+    var cases = 0
+    withEvery("heads", in: 1...3) { heads in
+      let shape = Geometry(heads, heads, 4).shape(layers: 2)
+      let backend = try Backend.cpu(threads: 1)
+      let traffic = Traffic(shape, tokens: 10)
+      withEvery("sinks", in: 0...2) { sinks in
+        withEvery("window", in: 0...3) { window in
+          withEvery("budget", in: max(1, sinks + window)...10) { budget in
+            cases += 1
+            let prompt = [0, 1, 4, 7][cases % 4]
+            let clock = [
+              Clock(budget: budget, every: 1, over: nil), Clock(budget: budget, every: 2, over: nil),
+              Clock(budget: budget, every: 3, over: nil), Clock(budget: budget, every: 1, over: budget + 2),
+              Clock(budget: budget, every: 2, over: budget + 1),
+            ][cases % 5]
+            let scorer = Few(levels: 1 + (budget + sinks) % 4)
+            let policy = Policy(
+              try change(
+                Selection(
+                  spec: nil, scorer: scorer, budget: .tokens(budget),
+                  router: TopKRouter(Protection(sinks: sinks, window: window)), schedule: clock.schedule)),
+              store: .dense(.f32))
+            let run = DecodeRun(
+              name: name, heads: heads, sinks: sinks, window: window, clock: clock, scorer: scorer, prompt: prompt)
+            let cache = try KVCache(shape: shape, policy: policy, backend: backend)
+            let other = cases % 3 == 0 ? try KVCache(shape: shape, policy: policy, backend: backend) : nil
+            try run.decode(cache, traffic, between: other)
+            if other == nil { return }
+            let alone = try KVCache(shape: shape, policy: policy, backend: backend)
+            try run.decode(alone, traffic, between: nil)
+            KVCompressionTests.check(try positions(cache) == positions(alone), "in turns as alone")
+          }
+        }
+      }
+    }
+  }
+
+  /// One case of the sweep.
+  struct DecodeRun {
+    let name: String
+    let heads: Int
+    let sinks: Int
+    let window: Int
+    var clock: Clock
+    let scorer: Few
+    let prompt: Int
+
+    /// Decodes to ten tokens, a token of `other` between any two.
+    func decode(_ cache: KVCache, _ traffic: Traffic, between other: KVCache?) throws {
+      var clock = clock
+      for layer in 0..<2 where prompt > 0 { try traffic.append(cache, layer, 0..<prompt) }
+      try cache.finishPrefill()
+      try other?.finishPrefill()
+      clock.prompt(prompt)
+      var rows = (0..<2).map { layer in (0..<heads).map { choice(Array(0..<prompt), clock, layer, $0) } }
+      try check(cache, clock, rows, seen: prompt, chosen: true)
+      for token in prompt..<10 {
+        for layer in 0..<2 { try step(cache, traffic, layer, token) }
+        let chosen = clock.step()
+        for layer in 0..<2 {
+          for head in 0..<heads {
+            rows[layer][head].append(token)
+            rows[layer][head] = choice(rows[layer][head], clock, layer, head)
+          }
+          if let other { try step(other, traffic, layer, token - prompt) }
+        }
+        try check(cache, clock, rows, seen: token + 1, chosen: chosen)
+      }
+    }
+
+    private func step(_ cache: KVCache, _ traffic: Traffic, _ layer: Int, _ token: Int) throws {
+      try traffic.append(cache, layer, token..<token + 1)
+      try cache.commit(layer: layer)
+    }
+
+    private func choice(_ rows: [Int], _ clock: Clock, _ layer: Int, _ head: Int) -> [Int] {
+      if rows.count <= clock.rows { return rows }
+      return RuleTests.expected(rows, keeping: clock.budget, sinks: sinks, window: window) {
+        scorer.score(layer, head, $0)
+      }
+    }
+
+    private func check(_ cache: KVCache, _ clock: Clock, _ rows: [[[Int]]], seen: Int, chosen: Bool) throws {
+      let held = try positions(cache)
+      for layer in 0..<2 {
+        for head in 0..<heads {
+          let own = held[layer][head]
+          KVCompressionTests.check(zip(own, own.dropFirst()).allSatisfy(<), "positions \(own)")
+          KVCompressionTests.check(own.starts(with: 0..<min(sinks, seen)), "sinks of \(own)")
+          KVCompressionTests.check(
+            own.suffix(window).elementsEqual(max(0, seen - window)..<seen), "window of \(own) at \(seen)")
+          KVCompressionTests.check(seen == 0 || !own.isEmpty, "nothing is left")
+        }
+        let counts = held[layer].map(\.count)
+        switch name {
+        case "none":
+          KVCompressionTests.check(held[layer] == rows[layer], "\(held[layer]), not \(rows[layer])")
+        case "chunks 1", "chunks 3", "chunks 4 shared", "even", "shared", "critical", "crush", "crush blocks":
+          KVCompressionTests.check(counts.allSatisfy { $0 == clock.rows }, "\(counts) rows, not \(clock.rows)")
+        case "adakv kvpress", "critical adakv":
+          if clock.over == nil, chosen {
+            KVCompressionTests.check(
+              counts.reduce(0, +) == heads * clock.rows, "\(counts) rows, not \(clock.rows) a head")
+          }
+        case "threshold", "mass":
+          // Heads below the size that triggers grow on.
+          let most = max(clock.rows, clock.over.map { $0 + clock.every - 1 } ?? 0)
+          KVCompressionTests.check(counts.allSatisfy { $0 <= most }, "\(counts) rows of \(most)")
+        default: break
+        }
+        if seen <= clock.budget, name != "threshold", name != "mass" {
+          KVCompressionTests.check(counts.allSatisfy { $0 == seen }, "all \(seen) fit: \(counts)")
+        }
+        if name == "shared" || name == "chunks 4 shared" {
+          KVCompressionTests.check(held[layer].allSatisfy { $0 == held[layer][0] }, "heads differ: \(held[layer])")
+        }
+      }
+      if name == "pyramid", clock.over == nil, chosen {
+        let counts = (0..<heads).map { held[0][$0].count + held[1][$0].count }
+        KVCompressionTests.check(counts.allSatisfy { $0 <= 2 * clock.rows }, "\(counts) rows of \(clock.rows)")
       }
     }
   }

@@ -110,6 +110,7 @@ struct KernelAttention {
       try column.reserve(bias[head].count, backend: backend.operations)
       for value in bias[head] { column.append(value) }
       heads[head].columns.bias = column
+      heads[head].columns.weighs = true
     }
     return RowSegment(restoring: heads, layer: layer, format: format, backend: backend.operations)
   }

@@ -35,6 +35,7 @@ final class ShortBackend: ComputeBackend {
     high: UnsafeMutablePointer<Float>
   ) { base.channelRange(sources, map: map, low: low, high: high) }
   func moveRows(_ source: RunSlice, to target: RowRun, row: Int) { base.moveRows(source, to: target, row: row) }
+  func hidden(_ bias: UnsafePointer<Float>, count: Int) -> Int { base.hidden(bias, count: count) }
   func lowest(_ values: UnsafePointer<Float>, bias: UnsafePointer<Float>?, count: Int) -> Int {
     base.lowest(values, bias: bias, count: count)
   }

@@ -97,7 +97,7 @@ extension Benchmark {
   }
 
   /// A prompt that was attended by nobody: queries for window scorers, made up weights for the others.
-  private func fillWhole(_ cache: KVCache, _ layer: Int, _ tokens: Int) throws(KVError) {
+  func fillWhole(_ cache: KVCache, _ layer: Int, _ tokens: Int) throws(KVError) {
     try data.fill(cache, layer: layer, tokens: tokens, heads: Self.allHeads, asPrompt: true)
     let queries = data.queries(32, of: Self.allHeads)
     try cache.observe(

@@ -95,10 +95,10 @@ package final class Benchmark {
       try prefill(machine)
       progress.advance("factorisation, \(threads) threads")
       try factorisation(machine)
-      for tokens in [4096, 32768] {
-        progress.advance("H2O, \(tokens) rows, \(threads) threads")
-        try h2o(rows: tokens, machine)
-      }
+      progress.advance("bounded prompts, \(threads) threads")
+      try boundedPrompts(machine)
+      progress.advance("evicting while decoding, \(threads) threads")
+      try evicting(machine)
     }
   }
 
