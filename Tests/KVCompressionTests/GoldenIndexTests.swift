@@ -17,7 +17,7 @@ import Testing
   @Test(arguments: [
     ("dense.", 4), ("h2o.kvHeadsSum.", 6), ("h2o.queryHeads.", 6), ("streaming.", 1), ("snapkv.grouped.mean.", 14),
     ("snapkv.grouped.max.", 14), ("snapkv.official.", 14), ("kivi.", 8), ("adakv.", 12), ("pyramidkv.", 1),
-    ("kvpress.adakv.", 2), ("kvpress.knorm.", 2),
+    ("kvpress.adakv.", 2), ("kvpress.knorm.", 2), ("kvpress.streaming.", 2),
     ("kvpress.keydiff.", 2), ("kvpress.lagkv.", 4), ("kvpress.expected.", 4), ("kvpress.critical.", 2),
     ("kvpress.criticaladakv.", 2), ("kvpress.chunkkv", 4), ("kvpress.block.", 2), ("prefixkv.", 2),
     ("kvpress.snapkv.", 2), ("kvcrush.", 3), ("kvpress.rerotation.", 2),

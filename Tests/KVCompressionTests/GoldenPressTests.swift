@@ -56,6 +56,25 @@ import Testing
       run, name.hasPrefix("kvpress.knorm") ? .knorm(budget: budget) : .keyDiff(budget: budget), GoldenInput(run.entry))
   }
 
+  /// Its scores are 1 for what stays and 0 for the rest.
+  @Test(arguments: Goldens.names("kvpress.streaming."))
+  func streaming(name: String) throws {
+    let run = try GoldenRun(name)
+    let input = try GoldenInput(run.entry)
+    let sinks = try #require(run.entry.parameters?["n_sink"]?.int)
+    let cache = try filled(
+      .streamingLLM(sinks: sinks, budget: .fraction(1 - ratio(run)), positions: .keep), input)
+    try cache.finishPrefill()
+    let kept = try cache.positions()
+    try run.expect("scores", kept.flatMap { own in (0..<input.tokens).map { own.contains($0) ? 1.0 : 0 } })
+    try run.expect("positions", positions: kept)
+    try run.expect(
+      "output",
+      KernelAttention(backend: cache.backend).attend(
+        input.outputProbes(), keys: input.keys, values: input.values, positions: kept))
+    run.finish()
+  }
+
   @Test(arguments: Goldens.names("kvpress.lagkv."))
   func lagKV(name: String) throws {
     let run = try GoldenRun(name)

@@ -91,7 +91,9 @@ extension KVCache {
 
   /// Rows of a head to drop.
   private func excess(of head: Int, _ state: LayerState, _ live: Int) -> Int {
-    if let trigger = policy.schedule.trigger, live <= resolve(trigger, state, head: head, tokens: state.seen) { return 0 }
+    if let trigger = policy.schedule.trigger {
+      if live <= resolve(trigger, state, head: head, tokens: state.seen) { return 0 }
+    }
     return max(0, live - resolve(policy.budget, state, head: head, tokens: state.seen))
   }
 

@@ -93,7 +93,8 @@ extension Benchmark {
   }
 
   /// A few evictions of a shorter cache: the same rows survive as with the portable kernels, and the outputs agree.
-  private func checkSteps(_ row: Stepping, _ policy: any CompressionPolicy, _ machine: Machine) throws(KVError) -> Bool {
+  private func checkSteps(_ row: Stepping, _ policy: any CompressionPolicy, _ machine: Machine) throws(KVError) -> Bool
+  {
     let rows = min(row.rows, 4096)
     let text = row.policy.replacing("\(row.rows / 2)", with: "\(rows / 2)").replacing("=\(row.rows)", with: "=\(rows)")
     let policy = try PolicyRegistry.standard.policy(text)
