@@ -23,6 +23,7 @@
 #define V_AFFINE_ACCUMULATE v_accumulate_affine
 
 #include "lanes_attend.h"
+#define V_JOINED ckv_joined_avx512
 #include "lanes_table.h"
 
 #pragma clang attribute pop

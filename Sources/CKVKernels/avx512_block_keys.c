@@ -97,46 +97,6 @@ typedef struct {
   __m512i x[4], high;
 } b_codes;
 
-/* Sixteen bytes of every row, `step` bytes apart. */
-CKV_INLINE void transpose16(const uint8_t *p, size_t step, __m512i x[4]) {
-  __m512i a[4], b[4];
-  CKV_UNROLL
-  for (uint32_t i = 0; i < 4; i++) {
-    const uint8_t *at = p + i * step;
-    a[i] = load4(at, at + 4 * step, at + 8 * step, at + 12 * step);
-  }
-  CKV_UNROLL
-  for (uint32_t i = 0; i < 4; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  x[0] = _mm512_unpacklo_epi64(b[0], b[2]);
-  x[1] = _mm512_unpackhi_epi64(b[0], b[2]);
-  x[2] = _mm512_unpacklo_epi64(b[1], b[3]);
-  x[3] = _mm512_unpackhi_epi64(b[1], b[3]);
-}
-
-CKV_INLINE __m128i load_eights(const uint8_t *p, size_t step) {
-  __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p));
-  return _mm_castps_si128(_mm_loadh_pi(low, (const __m64 *)(p + step)));
-}
-
-/* Eight bytes of every row. */
-CKV_INLINE void transpose8(const uint8_t *p, size_t step, __m512i x[2]) {
-  __m512 a[2];
-  CKV_UNROLL
-  for (uint32_t i = 0; i < 2; i++) { /* rows 2i, 2i + 1 of each four */
-    const uint8_t *at = p + 2 * i * step;
-    __m512i y = _mm512_castsi128_si512(load_eights(at, step));
-    y = _mm512_inserti32x4(y, load_eights(at + 4 * step, step), 1);
-    y = _mm512_inserti32x4(y, load_eights(at + 8 * step, step), 2);
-    a[i] = _mm512_castsi512_ps(_mm512_inserti32x4(y, load_eights(at + 12 * step, step), 3));
-  }
-  x[0] = _mm512_castps_si512(_mm512_shuffle_ps(a[0], a[1], 0x88));
-  x[1] = _mm512_castps_si512(_mm512_shuffle_ps(a[0], a[1], 0xdd));
-  __asm__ volatile("" : "+v"(x[0]), "+v"(x[1]) : : "memory"); /* else all loads come first, and most are spilled */
-}
-
 /* What positions [16 h, 16 h + 16) of a block need that was not loaded for those before; `thirds`: the third bits. */
 CKV_INLINE void load_codes(const uint32_t form, const b_form *f, const uint8_t *p, size_t step, const uint8_t *thirds,
                            const uint32_t h, b_codes *c) {

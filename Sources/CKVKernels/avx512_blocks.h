@@ -103,6 +103,19 @@ CKV_INLINE void load_meta(const void *from, const uint32_t type, uint32_t groups
     }
     return;
   }
+  if (groups <= 16) { /* columns beyond are of the next rows, and left */
+    for (uint32_t i = 0; i < n; i += 16) {
+      float rows[17 * 16], columns[16 * 16];
+      const uint32_t have = ckv_min_u32(16, n - i) * groups;
+      for (uint32_t k = 0; k < 16 * groups + 16; k += 16)
+        vf_store(rows + k, k >= have ? vf_zero()
+                           : vf_load_as_n(ckv_offset(from, type, (size_t)i * groups + k), type,
+                                          ckv_min_u32(16, have - k)));
+      vf_transpose(rows, groups, columns, 16);
+      for (uint32_t g = 0; g < groups; g++) vf_store(to + g * stride + i, vf_load(columns + 16 * g));
+    }
+    return;
+  }
   for (uint32_t g = 0; g < groups; g++)
     for (uint32_t i = n / 16 * 16; i < padded; i += 16) vf_store(to + g * stride + i, vf_zero());
   for (uint32_t i = 0; i < n * groups; i += 16) {
@@ -206,6 +219,46 @@ CKV_INLINE __m128i load128(const uint8_t *p) { return _mm_loadu_si128((const __m
 CKV_INLINE __m512i load4(const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d) {
   __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(load128(a)), load128(b), 1);
   return _mm512_inserti32x4(_mm512_inserti32x4(x, load128(c), 2), load128(d), 3);
+}
+
+/* Sixteen bytes of sixteen rows, `step` bytes apart: lane r of x[i] is dword i of row r. */
+CKV_INLINE void transpose16(const uint8_t *p, size_t step, __m512i x[4]) {
+  __m512i a[4], b[4];
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i++) {
+    const uint8_t *at = p + i * step;
+    a[i] = load4(at, at + 4 * step, at + 8 * step, at + 12 * step);
+  }
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 4; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  x[0] = _mm512_unpacklo_epi64(b[0], b[2]);
+  x[1] = _mm512_unpackhi_epi64(b[0], b[2]);
+  x[2] = _mm512_unpacklo_epi64(b[1], b[3]);
+  x[3] = _mm512_unpackhi_epi64(b[1], b[3]);
+}
+
+CKV_INLINE __m128i load_eights(const uint8_t *p, size_t step) {
+  __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p));
+  return _mm_castps_si128(_mm_loadh_pi(low, (const __m64 *)(p + step)));
+}
+
+/* Eight bytes of sixteen rows. */
+CKV_INLINE void transpose8(const uint8_t *p, size_t step, __m512i x[2]) {
+  __m512 a[2];
+  CKV_UNROLL
+  for (uint32_t i = 0; i < 2; i++) { /* rows 2i, 2i + 1 of each four */
+    const uint8_t *at = p + 2 * i * step;
+    __m512i y = _mm512_castsi128_si512(load_eights(at, step));
+    y = _mm512_inserti32x4(y, load_eights(at + 4 * step, step), 1);
+    y = _mm512_inserti32x4(y, load_eights(at + 8 * step, step), 2);
+    a[i] = _mm512_castsi512_ps(_mm512_inserti32x4(y, load_eights(at + 12 * step, step), 3));
+  }
+  x[0] = _mm512_castps_si512(_mm512_shuffle_ps(a[0], a[1], 0x88));
+  x[1] = _mm512_castps_si512(_mm512_shuffle_ps(a[0], a[1], 0xdd));
+  __asm__ volatile("" : "+v"(x[0]), "+v"(x[1]) : : "memory"); /* else all loads come first, and most are spilled */
 }
 
 /* DEFINE(name, form): every form has functions of its own; what else tells formats apart is told to them. */

@@ -232,6 +232,9 @@ void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, con
                          float *acc, size_t acc_stride, float *scratch);
 size_t ckv_sums_scratch_floats(uint32_t dim);
 size_t ckv_avx2_scratch_floats(uint32_t dim);
+bool ckv_joined_avx512(const ckv_run *run, const ckv_map *map, uint32_t first, uint32_t count,
+                       const ckv_joined_head *heads, uint32_t n_heads, uint32_t dim, uint32_t m, size_t q_stride,
+                       float scale, size_t ld, const ckv_turns *turns, uint32_t offset, float *scratch);
 /* Logits of rows of codes; false: not for this run. */
 bool ckv_blocks_logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
                        size_t q_stride, float scale, float *out, size_t ld, float *scratch);

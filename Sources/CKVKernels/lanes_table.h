@@ -1,4 +1,7 @@
 /* The operations of a level that lanes_*.h define; the entries `logits` and `accumulate` may be others. */
+#ifndef V_JOINED
+#define V_JOINED NULL
+#endif
 #define V_TABLE(level_name, logits_entry, accumulate_entry)                                                          \
   {                                                                                                                  \
     .name = level_name, .logits = logits_entry, .accumulate = accumulate_entry, .softmax = softmax,                  \
@@ -8,5 +11,5 @@
     .scan_rows = scan_rows, .fold = fold, .convert = convert,                                                        \
     .first_nonfinite = first_nonfinite, .encode_channel = encode_channel, .encode_row = encode_row,                  \
     .encode_blocks = encode_blocks, .decode = decode, .hadamard = hadamard, .read_memory = read_memory,              \
-    CKV_STATISTICS,                                                                                                  \
+    .joined_logits = V_JOINED, CKV_STATISTICS,                                                                       \
   }

@@ -120,7 +120,7 @@ static void rotate(const ckv_kernels *k, const ckv_map *map, float *rows, size_t
   float moved[CKV_MOST_CHANNELS];
   if (map->sign)
     for (uint32_t r = 0; r < count; r++) multiply(rows + r * stride, map->sign, map->dim);
-  k->hadamard(rows, stride, count, map->dim, map->block);
+  if (map->block > 1) k->hadamard(rows, stride, count, map->dim, map->block);
   if (!map->order) return;
   for (uint32_t r = 0; r < count; r++) {
     float *x = rows + r * stride;
@@ -139,7 +139,7 @@ static void rotate_back(const ckv_kernels *k, const ckv_map *map, float *rows, s
       memcpy(x, moved, map->dim * sizeof(float));
     }
   }
-  k->hadamard(rows, stride, count, map->dim, map->block);
+  if (map->block > 1) k->hadamard(rows, stride, count, map->dim, map->block);
   if (map->sign)
     for (uint32_t r = 0; r < count; r++) multiply(rows + r * stride, map->sign, map->dim);
 }

@@ -12,9 +12,10 @@ struct JoinedMember {
 
 /// Attention over keys of several heads side by side, before their rotary embedding.
 ///
-/// A tile of rows is decoded once, whatever the map behind which it lies, and serves all heads that share it: each takes
-/// its channels, turns them to their distance from the first row of the tile, and multiplies them with queries turned back
-/// by that row's position. Softmax and values are those of any rows.
+/// A tile of rows is decoded once, whatever the map behind which it lies, and serves all heads that share it: each
+/// takes its channels, turns them to their distance from the first row of the tile, and multiplies them with queries
+/// turned back by that row's position. Softmax and values are those of any rows. Where the level has a kernel that does
+/// all that in one go (`joined_logits`), and tokens are without gaps, it does.
 extension RowAttention {
   /// Adds rows `range` of every member. All describe the same rows, each with channels of its own.
   func addJoined(
@@ -27,9 +28,10 @@ extension RowAttention {
     var layout = Layout()
     let rows = space.memory + layout.take(LatentSpace.joinedRows * width)
     let table = space.memory + layout.take(keyDim)
-    let turned = space.memory + layout.take(m * keyDim)
+    let turned = space.memory + layout.take(members.count * m * keyDim)
     let formed = space.memory + layout.take(members.count * m * blockRows)
     let offsets = space.backend.offsets(of: rotary)
+    let together = canForm(members, range)
     withUnsafeTemporaryAllocation(of: UInt32.self, capacity: LatentSpace.joinedRows) { buffer in
       guard let distances = buffer.baseAddress else { return }
       var start = range.lowerBound
@@ -38,6 +40,13 @@ extension RowAttention {
         var row = start
         while row < end {
           let position = first.work.position(row)
+          if together {
+            let next = min(row + RotaryOffsets.count / 2, end)
+            offsets.table(of: position, back: true, into: table)
+            form(members, row..<next, table, turned, offsets, into: formed + row - start, scratch: rows)
+            row = next
+            continue
+          }
           var next = row
           while next < end, next - row < LatentSpace.joinedRows,
             (0..<RotaryOffsets.count).contains(first.work.position(next) - position)
@@ -64,6 +73,58 @@ extension RowAttention {
             formed: formed + index * m * blockRows)
         }
         start = end
+      }
+    }
+  }
+
+  /// Whether one kernel forms the logits of all members: tokens without gaps, the same ones for all heads, in rows that
+  /// it takes.
+  private func canForm(_ members: UnsafeMutableBufferPointer<JoinedMember>, _ range: Range<Int>) -> Bool {
+    guard let joined = kernels.pointee.joined_logits, let first = members.first?.work,
+      members.allSatisfy({ $0.work.positions == nil && $0.work.firstPosition == first.firstPosition })
+    else { return false }
+    var takes = true
+    forEach(first.keys, range) { run, _, _, _ in
+      run.withKernelMap { map in
+        withUnsafePointer(to: run.kernelRun) {
+          takes = takes && joined($0, map, 0, 0, nil, 0, UInt32(keyDim), 0, 0, 0, 0, nil, 0, nil)
+        }
+      }
+    }
+    return takes
+  }
+
+  /// Logits of all heads against rows `tile`, fewer than `RotaryOffsets.count`, with queries turned back by the first
+  /// row's position (`table`).
+  private func form(
+    _ members: UnsafeMutableBufferPointer<JoinedMember>, _ tile: Range<Int>, _ table: UnsafePointer<Float>,
+    _ turned: UnsafeMutablePointer<Float>, _ offsets: RotaryOffsets, into target: UnsafeMutablePointer<Float>,
+    scratch: UnsafeMutablePointer<Float>
+  ) {
+    guard let joined = kernels.pointee.joined_logits, let first = members.first else { return }
+    let m = first.queries.rows
+    withUnsafeTemporaryAllocation(of: ckv_joined_head.self, capacity: members.count) { heads in
+      for (index, member) in members.enumerated() {
+        let queries = turned + index * m * keyDim
+        queries.update(from: member.queries.base, count: m * keyDim)
+        offsets.turn(queries, stride: keyDim, table: table, count: m, kernels)
+        heads.initializeElement(
+          at: index,
+          to: ckv_joined_head(
+            channel: UInt32(member.work.lowRank?.keyChannels?.lowerBound ?? 0), q: queries,
+            out: target + index * m * blockRows))
+      }
+      offsets.withTurns { turns in
+        forEach(first.work.keys, tile) { run, at, count, offset in
+          run.withKernelMap { map in
+            withUnsafePointer(to: run.kernelRun) {
+              _ = joined(
+                $0, map, UInt32(at), UInt32(count), heads.baseAddress, UInt32(members.count), UInt32(keyDim),
+                UInt32(m), keyDim, scale, blockRows, turns, UInt32(offset), scratch)
+            }
+          }
+          for index in heads.indices { heads[index].out += count }
+        }
       }
     }
   }
@@ -115,7 +176,7 @@ extension AttentionPlanView {
 }
 
 extension LatentSpace {
-  /// Rows decoded at a time: those of all heads stay in the second-level cache.
+  /// Rows decoded at a time: those of all heads stay in the second-level cache. Kernels count on as many floats.
   static let joinedRows = 64
 
   /// Floats for keys side by side, of at most `members` heads at a time.
@@ -123,7 +184,7 @@ extension LatentSpace {
     var layout = Layout()
     _ = layout.take(joinedRows * width)
     _ = layout.take(keyDim)
-    _ = layout.take(m * keyDim)
+    _ = layout.take(members * m * keyDim)
     _ = layout.take(members * m * blockRows)
     return layout.total
   }

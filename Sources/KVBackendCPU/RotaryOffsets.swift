@@ -25,6 +25,11 @@ final class RotaryOffsets: Sendable {
   let cosines: [Float]
   let sines: [Float]
   let negativeSines: [Float]
+  /// The same by pair, `columnStride` apart: the positions that many rows at once need lie side by side. The stride is no
+  /// power of two, for pairs not to compete for one set of the cache.
+  static let columnStride = count + 16
+  private let cosineColumns: [Float]
+  private let sineColumns: [Float]
 
   init(_ rotary: RotaryEmbedding) {
     pairs = rotary.pairs
@@ -45,6 +50,26 @@ final class RotaryOffsets: Sendable {
     self.cosines = cosines
     self.sines = sines
     negativeSines = sines.map { -$0 }
+    let pairs = pairs
+    func columns(_ table: [Float]) -> [Float] {
+      (0..<pairs).flatMap { pair in
+        (0..<Self.columnStride).map { $0 < Self.count ? table[$0 * pairs + pair] : 0 }
+      }
+    }
+    cosineColumns = columns(cosines)
+    sineColumns = columns(sines)
+  }
+
+  /// The turns by the first `count` positions as kernels take them that turn many rows at once.
+  func withTurns(_ body: (UnsafePointer<ckv_turns>) -> Void) {
+    cosineColumns.withUnsafeBufferPointer { cosines in
+      sineColumns.withUnsafeBufferPointer { sines in
+        let turns = ckv_turns(
+          pairs: UInt32(pairs), step: step, partner: partner, stride: Self.columnStride, cosines: cosines.baseAddress,
+          sines: sines.baseAddress)
+        withUnsafePointer(to: turns, body)
+      }
+    }
   }
 
   /// Turns rows by their offsets, or back. Offsets lie below `count`.

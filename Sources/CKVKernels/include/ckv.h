@@ -119,6 +119,21 @@ typedef struct {
     const uint32_t *order; /* a permutation of 0 ..< dim */
 } ckv_map;
 
+/* A head whose keys are some channels of rows that several heads share. */
+typedef struct {
+  uint32_t channel; /* its first */
+  const float *q;   /* its query rows */
+  float *out;       /* their logits */
+} ckv_joined_head;
+
+/* Turns by the first positions, for pairs of channels as `turn` has them. Position i of pair p is at p * stride + i;
+ * the last of `positions` is followed by 15 numbers that may be read. */
+typedef struct {
+  uint32_t pairs;
+  size_t step, partner, stride;
+  const float *cosines, *sines;
+} ckv_turns;
+
 /* Result of the operations that look at input values. */
 typedef struct {
     int64_t row;     /* first offending row, -1 when all is well */
@@ -146,6 +161,14 @@ typedef struct {
      * ckv_scratch_floats(dim, m) floats. Rows may start anywhere, also inside a group. */
     void (*logits)(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                    float scale, float *out, size_t ld, float *scratch);
+
+    /* As `logits`, of n heads of `dim` channels against rows of keys of all of them behind `map`, turned on the way: row
+     * first + i by position offset + i. out of a head as above. False, and nothing done: not for such a run, map and
+     * head size (also to ask, with a count of 0). Null where a level has no such thing: then the same is made of
+     * ckv_mapped_decode, turn and logits. `scratch` has 64 floats for every channel of the rows. */
+    bool (*joined_logits)(const ckv_run *run, const ckv_map *map, uint32_t first, uint32_t count,
+                          const ckv_joined_head *heads, uint32_t n, uint32_t dim, uint32_t m, size_t q_stride,
+                          float scale, size_t ld, const ckv_turns *turns, uint32_t offset, float *scratch);
 
     /* acc[j*acc_stride + c] += sum_i p[j*ld + i] * row(first+i)[c]. A weight of exactly 0 contributes nothing. */
     void (*accumulate)(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
