@@ -133,6 +133,8 @@ struct QueryWindow {
   let keyDim: Int
   /// Tokens captured so far; the newest min(captured, capacity) are in the ring.
   private(set) var captured = 0
+  /// Reused by every capture.
+  private var targets: [WriteTarget] = []
 
   init(capacity: Int, shape: LayerShape, backend: any ComputeBackend) throws(KVError) {
     self.capacity = capacity
@@ -173,7 +175,7 @@ struct QueryWindow {
     }
     let taken = min(queries.tokens, capacity)
     let first = queries.tokens - taken
-    var targets: [WriteTarget] = []
+    targets.removeAll(keepingCapacity: true)
     for head in 0..<queryHeads {
       var token = 0
       while token < taken {
