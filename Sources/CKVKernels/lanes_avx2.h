@@ -76,6 +76,9 @@ CKV_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 /* Of a NaN and a number both give the second operand. */
 CKV_INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 CKV_INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+/* NaN stays NaN. */
+CKV_INLINE vf vf_at_least(vf x, vf low) { return _mm256_max_ps(low, x); }
+CKV_INLINE vf vf_at_most(vf x, vf high) { return _mm256_min_ps(high, x); }
 CKV_INLINE vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 CKV_INLINE vf vf_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 CKV_INLINE float vf_sum(vf a) {

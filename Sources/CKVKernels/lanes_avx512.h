@@ -55,6 +55,9 @@ CKV_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 /* Of a NaN and a number both give the second operand. */
 CKV_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 CKV_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+/* NaN stays NaN. */
+CKV_INLINE vf vf_at_least(vf x, vf low) { return _mm512_max_ps(low, x); }
+CKV_INLINE vf vf_at_most(vf x, vf high) { return _mm512_min_ps(high, x); }
 CKV_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 CKV_INLINE vf vf_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 CKV_INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }

@@ -80,6 +80,9 @@ CKV_INLINE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 /* Of a NaN and a number both give the number. */
 CKV_INLINE vf vf_min(vf a, vf b) { return vminnmq_f32(a, b); }
 CKV_INLINE vf vf_max(vf a, vf b) { return vmaxnmq_f32(a, b); }
+/* NaN stays NaN. */
+CKV_INLINE vf vf_at_least(vf x, vf low) { return vmaxq_f32(x, low); }
+CKV_INLINE vf vf_at_most(vf x, vf high) { return vminq_f32(x, high); }
 CKV_INLINE vf vf_abs(vf a) { return vabsq_f32(a); }
 CKV_INLINE vf vf_round(vf a) { return vrndnq_f32(a); }
 CKV_INLINE float vf_sum(vf a) { return vaddvq_f32(a); }

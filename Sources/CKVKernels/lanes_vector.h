@@ -3,7 +3,7 @@
 /* exp(x): x = n ln 2 + r, a polynomial in r of degree 6 (error below 2e-7 for |r| <= ln 2 / 2), times 2^n, which may
  * overflow to infinity or vanish. Minus infinity gives exactly 0. */
 CKV_INLINE vf v_exp(vf x) {
-  x = vf_min(vf_max(x, vf_set1(-150)), vf_set1(100));
+  x = vf_at_most(vf_at_least(x, vf_set1(-150)), vf_set1(100));
   vf n = vf_round(x * vf_set1(1.44269504088896341f));
   vf r = vf_fma(n, vf_set1(-0.693359375f), x);
   r = vf_fma(n, vf_set1(2.12194440e-4f), r);
@@ -19,7 +19,7 @@ CKV_INLINE vf v_exp(vf x) {
 
 /* tanh: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) would cancel. */
 CKV_INLINE vf v_tanh(vf x) {
-  vf a = vf_min(vf_abs(x), vf_set1(10)), z = a * a;
+  vf a = vf_at_most(vf_abs(x), vf_set1(10)), z = a * a;
   vf far = vf_set1(1) - vf_set1(2) / (v_exp(a + a) + vf_set1(1));
   vf p = vf_set1(-5.70498872745e-3f);
   p = vf_fma(p, z, vf_set1(2.06390887954e-2f));
@@ -75,6 +75,8 @@ static float softmax(float *x, uint32_t n, float softcap, const float *bias, flo
   float max = vf_highest(high);
   *sum = 0;
   if (max == -INFINITY) {
+    for (uint32_t i = 0; i < n; i++)
+      if (x[i] != x[i]) *sum = NAN;
     memset(x, 0, (size_t)n * sizeof(float));
     return max;
   }

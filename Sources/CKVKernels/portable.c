@@ -89,6 +89,7 @@ static void scale_in_place(float *y, float a, size_t n) {
 
 /* exp in double: x = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r. */
 static double exp_double(double x) {
+  if (x != x) return x;
   if (x < -160) return 0; /* far below what f32 can hold */
   if (x > 160) x = 160;   /* far above */
   double magic = 0x1.8p52, n = (x * 1.4426950408889634 + magic) - magic;
@@ -101,6 +102,7 @@ static double exp_double(double x) {
 }
 
 static double tanh_double(double x) {
+  if (x != x) return x;
   double magnitude = x < 0 ? -x : x;
   if (magnitude < 1e-4) return x - x * x * x / 3;
   double e = exp_double(2 * (magnitude < 20 ? magnitude : 20)), t = (e - 1) / (e + 1);
@@ -119,8 +121,10 @@ static float softmax(float *x, uint32_t n, float softcap, const float *bias, flo
     if (x[i] > max) max = x[i];
   }
   if (max == -INFINITY) {
-    memset(x, 0, n * sizeof(float));
     *sum = 0;
+    for (uint32_t i = 0; i < n; i++)
+      if (x[i] != x[i]) *sum = NAN;
+    memset(x, 0, n * sizeof(float));
     return max;
   }
   exp_shift(x, n, max);

@@ -334,7 +334,8 @@ extension CPUBackend {
   }
 
   func merge(_ part: PartialBlock, into total: PartialBlock, rows: Int, dim: Int) {
-    for row in 0..<rows where part.sums[row] > 0 {
+    // NaN, from logits beyond f32, goes on to the output.
+    for row in 0..<rows where part.sums[row] != 0 {
       let target = total.accumulators + row * dim
       let source = part.accumulators + row * dim
       if total.sums[row] == 0 {
@@ -389,14 +390,14 @@ extension CPUBackend {
         let head = kvHead * sequence.group + member
         let target = sequence.output + head * sequence.outputHeadStride + token * sequence.outputTokenStride
         let sum = partial.sums[row]
-        if sum > 0 {
+        if sum != 0 {
           target.update(from: partial.accumulators + row * sequence.valueDim, count: sequence.valueDim)
           kernels.pointee.scale_in_place!(target, 1 / sum, sequence.valueDim)
         } else {
           target.update(repeating: 0, count: sequence.valueDim)
         }
         if let logSumExp = sequence.logSumExp {
-          logSumExp[head * sequence.tokens + token] = sum > 0 ? partial.maxima[row] + logf(sum) : -.infinity
+          logSumExp[head * sequence.tokens + token] = sum != 0 ? partial.maxima[row] + logf(sum) : -.infinity
         }
       }
     }

@@ -62,6 +62,20 @@ static void check_softmax(pair p, size_t n, float softcap, bool with_bias, int i
   free(exact_x);
 }
 
+/* A sum that is NaN is how a caller learns of logits that are none. */
+static void check_softmax_of_no_numbers(pair p, size_t n) {
+  for (size_t at = 0; at < n; at++)
+    for (int kind = 0; kind < 4; kind++) {
+      rng r = {n};
+      float *x = random_floats(&r, n, 40), sum = 0;
+      for (size_t i = 0; i < n && kind > 1; i++) x[i] = kind == 2 ? -INFINITY : NAN;
+      x[at] = kind == 1 ? INFINITY : NAN;
+      p.level->softmax(x, (uint32_t)n, kind == 0 && at % 2 ? 30 : 0, NULL, &sum);
+      expect(isnan(sum), "%s softmax n=%zu: no number at %zu goes unnoticed, kind %d", p.level->name, n, at, kind);
+      free(x);
+    }
+}
+
 static void check_exp(pair p) {
   const size_t n = 20001;
   float *x = exact(n * sizeof(float)), *y;
@@ -370,6 +384,8 @@ void check_vectors(pair p) {
   static const uint32_t pairs[] = {1, 2, 3, 7, 8, 15, 16, 20, 33, 64};
   for (size_t i = 0; i < sizeof(pairs) / sizeof(pairs[0]); i++) check_turn(p, pairs[i]);
   check_exp(p);
+  static const size_t some[] = {1, 5, 16, 33, 64, 131};
+  for (size_t i = 0; i < sizeof(some) / sizeof(some[0]); i++) check_softmax_of_no_numbers(p, some[i]);
   check_convert(p);
   check_nonfinite(p);
   void *memory = NULL;

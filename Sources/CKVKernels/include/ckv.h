@@ -177,7 +177,8 @@ typedef struct {
     /* In place over one row of n logits:
      *   x = logits[i]; if (softcap > 0) x = softcap * tanhf(x / softcap); if (bias) x += bias[i];
      *   max = maximum of x; logits[i] = exp(x - max); *sum = their sum; return max.
-     * n == 0 or all x == -inf: every output 0, *sum = 0, returns -INFINITY. exp within 2 ulp-ish (rel. error 1e-6). */
+     * n == 0 or all x == -inf: every output 0, *sum = 0, returns -INFINITY. Where some x is NaN or +inf, *sum is NaN and
+     * the rest means nothing. exp within 2 ulp-ish (rel. error 1e-6). */
     float (*softmax)(float *logits, uint32_t n, float softcap, const float *bias, float *sum);
 
     /* x[i] = exp(x[i] - shift) ; x[i] == -inf gives 0. */
