@@ -4,9 +4,6 @@
  * 16-bit fixed point (ckv.h). Here they stay 16-bit numbers: codes are brought to 16 bits in a tile shared by all
  * query rows, and vpmaddwd multiplies and adds pairs of channels (keys) or of rows (values). */
 
-/* The largest magnitude of a number in fixed point, the same at all levels. */
-static const float v_full_range = 32639.0f;
-
 enum {
   V_KEY_BLOCK = 32, /* rows of keys in a tile */
   V_KEY_DIM = 256,  /* channels whose products with 8-bit codes fit an i32 */
@@ -14,14 +11,6 @@ enum {
   V_STRIPS = 4,     /* strips of 32 channels of values in a tile */
   V_FOUR = 4,       /* query rows that are multiplied together */
 };
-
-/* Products up to `largest` become whole numbers up to v_full_range. */
-CKV_INLINE float v_inverse(float largest) { return largest < 1e-30f ? 0 : v_full_range / largest; }
-CKV_INLINE float v_factor(float largest) { return largest < 1e-30f ? 0 : largest * (1 / v_full_range); }
-
-/* The middle of the codes. Rounding errors of queries and weights meet code - middle, half as large as codes: the
- * rest, middle times the sum of what was rounded, is added exactly. */
-CKV_INLINE float v_middle(uint32_t bits) { return (float)(1u << (bits - 1)); }
 
 CKV_INLINE float v_total(vi x) {
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -48,7 +37,7 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
   for (uint32_t c = 0; c < dim; c += 8) {
     const uint32_t n = ckv_min_u32(8, dim - c);
     const vf s = vf_load_as_n(scales + c * size, type, n);
-    const vf mn = vf_fma(s, vf_set1(v_middle(run->bits)), vf_load_as_n(mins + c * size, type, n));
+    const vf mn = vf_fma(s, vf_set1(ckv_middle(run->bits)), vf_load_as_n(mins + c * size, type, n));
     CKV_UNROLL
     for (uint32_t j = 0; j < nq; j++) {
       vf y = n == 8 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);
@@ -61,9 +50,9 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     float largest = vf_highest(high[j]);
-    inverse[j] = v_inverse(largest);
+    inverse[j] = ckv_fixed_up(largest);
     sum[j] = vi_zero();
-    group->factor[j] = scale * v_factor(largest);
+    group->factor[j] = scale * ckv_fixed_down(largest);
     group->bias[j] = scale * vf_sum(bias[j]);
   }
   for (uint32_t c = 0; c < dim; c += 8) {
@@ -78,7 +67,7 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
     }
   }
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j++) group->bias[j] -= group->factor[j] * (v_middle(run->bits) * v_total(sum[j]));
+  for (uint32_t j = 0; j < nq; j++) group->bias[j] -= group->factor[j] * (ckv_middle(run->bits) * v_total(sum[j]));
 }
 
 /* A block of 32 rows as 16-bit codes: [set of 4 rows][8 channels][two rows][(row a, channels
@@ -293,8 +282,8 @@ static void v_fold_weights(const v_value_memory *at, float middle, uint32_t n, c
     }
     vf_store(min_sums + g * 8, sum);
     float largest = vf_highest(high);
-    vf inverse = vf_set1(v_inverse(largest));
-    factors[g] = v_factor(largest);
+    vf inverse = vf_set1(ckv_fixed_up(largest));
+    factors[g] = ckv_fixed_down(largest);
     vi total = vi_zero();
     for (uint32_t i = 0; i < n; i += 16) {
       vi a = vi_round(vf_load(p + i) * vf_load(scales + i) * inverse);
@@ -433,7 +422,7 @@ CKV_INLINE void v_value_sums(const ckv_run *run, const uint32_t bits, uint32_t f
       v_load_meta(min, run->dtype, at->groups, n, at->mins);
     }
     for (uint32_t j = 0; j < m; j++)
-      v_fold_weights(at, v_middle(bits), n, p + j * ld + i, at->min_sums + j * min_stride, at->factors + j * at->groups,
+      v_fold_weights(at, ckv_middle(bits), n, p + j * ld + i, at->min_sums + j * min_stride, at->factors + j * at->groups,
                      at->weights + j * weight_stride);
     for (uint32_t strip = 0; strip < at->strips; strip += V_STRIPS) {
       const uint32_t strips = ckv_min_u32(V_STRIPS, at->strips - strip);

@@ -19,9 +19,11 @@
 
 #include "lanes_typed.h"
 
+#include "query_groups.h"
+
 enum {
   LANES = 32,       /* of a panel: two vectors */
-  QUERIES = 12,     /* rows of `a` a panel meets at a time: 24 sums of 32 registers */
+  QUERIES = V_TILE_QUERIES, /* rows of `a` a panel meets at a time */
   TILE = 64,        /* rows whose values are taken at a time */
   PAIRS = TILE / 2,
 };
@@ -43,14 +45,6 @@ CKV_INLINE __m512i load_stored(const char *x, const uint32_t type, uint32_t n) {
     return n >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), x);
   if (n >= 32) return to_bf16(vf_load_f16(x), vf_load_f16(x + 32));
   return n > 16 ? to_bf16(vf_load_f16(x), vf_load_f16_n(x + 32, n - 16)) : to_bf16(vf_load_f16_n(x, n), vf_zero());
-}
-
-CKV_INLINE uint32_t queries_at_a_time(uint32_t rest) { return rest >= 12 && rest != 16 ? 12 : rest >= 8 ? 8 : 4; }
-
-CKV_INLINE size_t groups_of(uint32_t padded) {
-  size_t groups = 0;
-  for (uint32_t j = 0; j < padded; groups++) j += queries_at_a_time(padded - j);
-  return groups;
 }
 
 /* sum[j] += the products of `steps` pairs with row j of a. */
@@ -104,7 +98,7 @@ CKV_INLINE void logits_of(const ckv_run *run, const uint32_t type, uint32_t firs
       _mm512_store_si512(a + (size_t)j * steps + c / 2,
                          j < m ? load_pairs(q + j * q_stride + c, dim - c) : _mm512_setzero_si512());
   const size_t row_bytes = (size_t)run->row_stride * 2;
-  const size_t groups = groups_of(padded);
+  const size_t groups = v_query_groups(padded);
   const char *from = (const char *)run->data + first * row_bytes;
   for (uint32_t i = 0; i < count; i += LANES, from += LANES * row_bytes) {
     const uint32_t n = ckv_min_u32(LANES, count - i);
@@ -120,7 +114,7 @@ CKV_INLINE void logits_of(const ckv_run *run, const uint32_t type, uint32_t firs
     const size_t behind = ckv_min_u32(LANES, run->rows - (first + i + n)) * row_bytes;
     ckv_coming ahead = ckv_coming_bytes(from + LANES * row_bytes, behind, steps * groups);
     for (uint32_t j = 0, nq; j < padded; j += nq) {
-      nq = queries_at_a_time(padded - j);
+      nq = v_queries_at_a_time(padded - j);
       const uint32_t *queries = a + (size_t)j * steps;
       float *to = out + j * ld + i;
       if (nq == 12) logits_panel(tile, steps, queries, 12, m - j, scale, n, &ahead, to, ld);
@@ -200,7 +194,7 @@ CKV_INLINE void accumulate_of(const ckv_run *run, const uint32_t type, uint32_t 
   const uint32_t dim = run->dim, padded = (m + 3) & ~3u;
   uint32_t *tile = aligned(scratch), *a = tile + (size_t)(dim + 31) / 32 * LANES * PAIRS;
   const size_t row_bytes = (size_t)run->row_stride * 2;
-  const size_t groups = groups_of(padded);
+  const size_t groups = v_query_groups(padded);
   const char *from = (const char *)run->data + first * row_bytes;
   for (uint32_t i = 0; i < count; i += TILE, from += TILE * row_bytes) {
     const uint32_t n = ckv_min_u32(TILE, count - i), steps = (n + 1) / 2;
@@ -217,7 +211,7 @@ CKV_INLINE void accumulate_of(const ckv_run *run, const uint32_t type, uint32_t 
     for (uint32_t c = 0; c < dim; c += 32) {
       const uint32_t *panel = tile + (size_t)c * PAIRS, lanes = ckv_min_u32(32, dim - c);
       for (uint32_t j = 0, nq; j < padded; j += nq) {
-        nq = queries_at_a_time(padded - j);
+        nq = v_queries_at_a_time(padded - j);
         const uint32_t *weights = a + j * PAIRS;
         float *to = acc + j * stride + c;
         if (nq == 12) values_panel(panel, steps, weights, 12, m - j, lanes, &ahead, to, stride);

@@ -61,9 +61,8 @@ static void prepare(const ckv_run *run, const b_form f, const float *q, uint32_t
     vf high = vf_zero();
     for (uint32_t c = 0; c < dim; c += 16) high = vf_max(vf_abs(vf_load(q + j * q_stride + c)), high);
     float largest = vf_highest(high);
-    bool vanishes = largest < 1e-30f; /* below what its inverse could scale */
-    up[j] = vanishes ? 0 : v_full_range / largest;
-    to->factor[j] = vanishes ? 0 : scale * (largest * (1 / v_full_range));
+    up[j] = ckv_fixed_up(largest);
+    to->factor[j] = scale * ckv_fixed_down(largest);
   }
   for (uint32_t b = 0; b < dim / BLOCK; b++) {
     vf fixed[2][QUERIES];

@@ -1,8 +1,5 @@
 /* 16-bit fixed point as two signed digits of base 256, part of the files that multiply with VNNI. */
 
-/* The largest magnitude of two signed digits, less what a carry needs. */
-static const float v_full_range = 32639.0f;
-
 /* x * up, rounded to an integer, plus 128, in the low 16 bits. */
 CKV_INLINE vf v_fixed(vf x, vf up) { return vf_fma(x, up, vf_set1(12582912.0f + 128.0f)); }
 
@@ -16,10 +13,6 @@ CKV_INLINE __m512i v_digits(vf a, vf b) {
   __m512i y = _mm512_shuffle_epi8(_mm512_castps_si512(b), second);
   return _mm512_ternarylogic_epi32(x, y, low, 0x56); /* (x | y) ^ low */
 }
-
-/* The middle of the codes. Rounding errors of queries and weights meet code - middle, half as large as codes: the
- * rest, middle times the sum of what was rounded, is added exactly. */
-CKV_INLINE float v_middle(uint32_t bits) { return (float)(1u << (bits - 1)); }
 
 /* Adds up digits as v_digits puts them: (low, high) of a and of b in every 128 bits. */
 CKV_INLINE __m512i v_add_digits(__m512i sum, __m512i digits) {

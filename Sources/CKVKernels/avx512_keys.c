@@ -47,7 +47,7 @@ CKV_INLINE void range_step(const ckv_run *run, const uint32_t bits, const uint32
   __builtin_prefetch(s_at + META_AHEAD);
   __builtin_prefetch(mn_at + META_AHEAD);
   const vf s = vf_load_as_n(s_at, type, n);
-  const vf mn = vf_fma(s, vf_set1(v_middle(bits)), vf_load_as_n(mn_at, type, n));
+  const vf mn = vf_fma(s, vf_set1(ckv_middle(bits)), vf_load_as_n(mn_at, type, n));
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     vf y = n == 16 ? vf_load(q + j * q_stride + c) : vf_load_n(q + j * q_stride + c, n);
@@ -70,8 +70,8 @@ CKV_INLINE void find_range(const ckv_run *run, const uint32_t bits, const uint32
   vf_max4(high[0], high[1], high[2], high[3], largest);
   vf_sum4(bias[0], bias[1], bias[2], bias[3], sum);
   __m128 x = _mm_loadu_ps(largest), vanishes = _mm_cmplt_ps(x, _mm_set1_ps(1e-30f)); /* no inverse could scale it */
-  _mm_storeu_ps(inverse, _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(v_full_range), x)));
-  _mm_storeu_ps(factor, _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / v_full_range))));
+  _mm_storeu_ps(inverse, _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(CKV_FULL_RANGE), x)));
+  _mm_storeu_ps(factor, _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / CKV_FULL_RANGE))));
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     f->inverse[j] = inverse[j];
@@ -105,7 +105,7 @@ CKV_INLINE void fold_digits(const ckv_run *run, const uint32_t bits, const uint3
   v_digit_totals(sum[0], totals);
   if (nq > 2) v_digit_totals(sum[1], totals + 2);
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j++) f->bias[j] -= f->factor[j] * (v_middle(bits) * totals[j]);
+  for (uint32_t j = 0; j < nq; j++) f->bias[j] -= f->factor[j] * (ckv_middle(bits) * totals[j]);
 }
 
 /* to[i], lane k = from[k], lane i, of 128 bits. */

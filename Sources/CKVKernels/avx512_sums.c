@@ -39,7 +39,7 @@ typedef struct {
   uint32_t groups, strips;
   uint32_t group;   /* channels of a group */
   size_t row_bytes; /* of codes */
-  float middle;     /* of the codes, see v_middle */
+  float middle;     /* of the codes, see ckv_middle */
   float *sums;      /* [query row][strip][2][16]: see `spread` */
   float *min_sums;  /* [query row][group][16] */
   float *scales;    /* [group][TILE] of the tile at hand */
@@ -117,8 +117,8 @@ CKV_INLINE void fold(memory *at, const bool has_min, uint32_t n, const float *re
     const char *next = at->next;
     for (uint32_t k = 0; k < count; k++) { /* lanes are query rows */
       __m128 x = _mm_loadu_ps(largest[k]), vanishes = _mm_cmplt_ps(x, _mm_set1_ps(1e-30f));
-      _mm_storeu_ps(up[k], _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(v_full_range), x)));
-      _mm_storeu_ps(factor[k], _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / v_full_range))));
+      _mm_storeu_ps(up[k], _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(CKV_FULL_RANGE), x)));
+      _mm_storeu_ps(factor[k], _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / CKV_FULL_RANGE))));
       CKV_UNROLL
       for (uint32_t j = 0; j < nq; j++) factors[j * groups + first + k] = factor[k][j];
     }

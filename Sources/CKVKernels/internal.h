@@ -181,6 +181,19 @@ CKV_INLINE void ckv_pack_row(uint8_t *codes, uint32_t n, uint32_t bits, uint32_t
   ckv_pack_plane(high, n, 1, words + ckv_plane_words(n, 2));
 }
 
+/* ---- queries and weights as integers ------------------------------------------------------------------------------ */
+
+/* The largest magnitude in 16-bit fixed point: of two signed digits of base 256, less what a carry needs. */
+#define CKV_FULL_RANGE 32639.0f
+
+/* What scales numbers up to `largest` to fixed point, and the way back; 0 where no inverse could scale them. */
+CKV_INLINE float ckv_fixed_up(float largest) { return largest < 1e-30f ? 0 : CKV_FULL_RANGE / largest; }
+CKV_INLINE float ckv_fixed_down(float largest) { return largest < 1e-30f ? 0 : largest * (1 / CKV_FULL_RANGE); }
+
+/* The middle of the codes. Rounding errors of queries and weights meet code - middle, half as large as codes: the
+ * rest, middle times the sum of what was rounded, is added exactly. */
+CKV_INLINE float ckv_middle(uint32_t bits) { return (float)(1u << (bits - 1)); }
+
 /* ---- rotation --------------------------------------------------------------------------------------------------- */
 
 /* 2^(-k/2) for a block of 2^k, rounded once, without libm. */

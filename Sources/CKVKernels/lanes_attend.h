@@ -11,6 +11,8 @@
 
 #define V_TILE_LANES (V_TILE_VECTORS * VN)
 
+#include "query_groups.h"
+
 /* ---- few query rows -------------------------------------------------------------------------------------------- */
 
 CKV_INLINE void v_logits_few(const char *base, ptrdiff_t row_bytes, uint32_t type, uint32_t dim, uint32_t count,
@@ -251,28 +253,6 @@ CKV_INLINE ckv_coming v_rows_behind(const ckv_run *run, uint32_t first, uint32_t
                                                    : ckv_row_bytes(run->kind, run->code, run->dim);
   return ckv_coming_bytes((const char *)run->data + end * row, count * row, steps);
 }
-
-/* Query rows taken at a time: as few of the sizes as there are that leave none alone. */
-CKV_INLINE uint32_t v_queries_at_a_time(uint32_t rest) {
-  if (rest >= V_TILE_QUERIES && rest != 8 && rest != 16) return V_TILE_QUERIES;
-  return rest >= 8 && V_TILE_QUERIES > 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-}
-
-CKV_INLINE size_t v_query_groups(uint32_t m) {
-  size_t groups = 0;
-  for (; m; groups++) m -= v_queries_at_a_time(m);
-  return groups;
-}
-
-/* CALL(n), n = what v_queries_at_a_time gave, as a constant. */
-#define V_FOR_QUERIES(n, CALL)                                                                                \
-  do {                                                                                                        \
-    if (n == V_TILE_QUERIES) CALL(V_TILE_QUERIES);                                                            \
-    else if (V_TILE_QUERIES > 8 && n == 8) CALL(8);                                                           \
-    else if (n == 4) CALL(4);                                                                                 \
-    else if (n == 2) CALL(2);                                                                                 \
-    else CALL(1);                                                                                             \
-  } while (0)
 
 static void logits_many(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
                         size_t q_stride, float scale, float *out, size_t ld, float *scratch) {

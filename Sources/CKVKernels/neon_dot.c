@@ -17,9 +17,6 @@
 
 enum { QUERIES = 4, BLOCK = 32 };
 
-/* The largest magnitude of two signed digits, less what a carry needs. */
-static const float full_range = 32639.0f;
-
 /* Query rows as digits. */
 typedef struct {
   int8_t *low, *high; /* [query row][stride] */
@@ -47,13 +44,6 @@ CKV_INLINE void store_digits(vf x, vf up, int8_t *low, int8_t *high) {
   memcpy(high, &b, 4);
 }
 
-/* What scales a row up to fixed point; its factor is the way back. */
-CKV_INLINE float scale_up(float largest, float scale, float *factor) {
-  const bool vanishes = largest < 1e-30f; /* no inverse could scale it */
-  *factor = vanishes ? 0 : scale * (largest * (1 / full_range));
-  return vanishes ? 0 : full_range / largest;
-}
-
 /* ---- one scale a channel and group of rows ------------------------------------------------------------------------ */
 
 /* Query row j folded with the scales of group g: q scale as digits, and what the mins and the middle of the codes give. */
@@ -61,7 +51,7 @@ CKV_INLINE void fold(const ckv_run *run, uint32_t g, const float *q, uint32_t j,
   const uint32_t dim = run->dim, type = run->dtype;
   const char *scales = (const char *)run->scale + (size_t)g * dim * ckv_size_of(type);
   const char *mins = (const char *)run->min + (size_t)g * dim * ckv_size_of(type);
-  const vf middle = vf_set1((float)(1u << (run->bits - 1)));
+  const vf middle = vf_set1(ckv_middle(run->bits));
   vf most = vf_zero(), bias = vf_zero();
   for (uint32_t c = 0; c < dim; c += 4) {
     const uint32_t n = ckv_min_u32(4, dim - c);
@@ -69,7 +59,9 @@ CKV_INLINE void fold(const ckv_run *run, uint32_t g, const float *q, uint32_t j,
     bias = vf_fma(y, vf_fma(s, middle, vf_load_as_n(ckv_offset(mins, type, c), type, n)), bias);
     most = vf_max(vf_abs(y * s), most);
   }
-  const vf up = vf_set1(scale_up(vf_highest(most), scale, &to->factor[j]));
+  const float largest = vf_highest(most);
+  const vf up = vf_set1(ckv_fixed_up(largest));
+  to->factor[j] = scale * ckv_fixed_down(largest);
   to->bias[j] = scale * vf_sum(bias);
   int8_t *low = to->low + j * to->stride, *high = to->high + j * to->stride;
   for (uint32_t c = 0; c < to->stride; c += 4) {
@@ -271,7 +263,8 @@ static void row_logits_of(const ckv_run *run, uint32_t first, uint32_t count, co
       const float *y = q + (j + k) * q_stride;
       float largest = 0;
       for (uint32_t c = 0; c < dim; c++) largest = fmaxf(largest, fabsf(y[c]));
-      const vf up = vf_set1(scale_up(largest, scale, &d.factor[k]));
+      const vf up = vf_set1(ckv_fixed_up(largest));
+      d.factor[k] = scale * ckv_fixed_down(largest);
       for (uint32_t b = 0; b < blocks; b++) {
         vf sum = vf_zero();
         for (uint32_t c = b * BLOCK; c < (b + 1) * BLOCK; c += 4) {

@@ -195,7 +195,10 @@ extension CPUBackend {
       let m = sequence.tokens * sequence.group
       var members = 1
       var last = index
-      for other in index + 1..<max(count, index + 1) where sharesRows(pieces[index], pieces[other], plan) {
+      // Pieces of a sequence lie together.
+      for other in index + 1..<max(count, index + 1) {
+        if pieces[other].sequence != pieces[index].sequence { break }
+        guard sharesRows(pieces[index], pieces[other], plan) else { continue }
         if lowRank.keyChannels == nil, (members + 1) * m > LatentSpace.joinedQueries { break }
         pieces[last].sibling = other
         pieces[other].isLed = true
@@ -206,7 +209,7 @@ extension CPUBackend {
   }
 
   private func sharesRows(_ a: Piece, _ b: Piece, _ plan: AttentionPlan) -> Bool {
-    guard !b.isLed, a.sequence == b.sequence, a.first == b.first, a.end == b.end else { return false }
+    guard !b.isLed, a.first == b.first, a.end == b.end else { return false }
     let (one, other) = (plan.rows[a.work], plan.rows[b.work])
     guard one.kvHead != other.kvHead, one.count == other.count, sameRows(one.keys, other.keys, plan) else {
       return false

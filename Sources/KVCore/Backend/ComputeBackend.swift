@@ -171,6 +171,23 @@ extension ComputeBackend {
     return nil
   }
 
+  /// The smallest and the largest value of every channel of some rows; infinities where there are none.
+  func channelRange(
+    _ sources: [RunSlice], map: UnsafePointer<MapDescriptor>? = nil, dim: Int
+  ) -> (low: [Float], high: [Float]) {
+    var low = [Float](repeating: .infinity, count: dim)
+    var high = [Float](repeating: -.infinity, count: dim)
+    sources.withUnsafeBufferPointer { sources in
+      low.withUnsafeMutableBufferPointer { low in
+        high.withUnsafeMutableBufferPointer { high in
+          guard let low = low.baseAddress, let high = high.baseAddress else { return }
+          channelRange(sources, map: map, low: low, high: high)
+        }
+      }
+    }
+    return (low, high)
+  }
+
   package var checksAttention: Bool { false }
   package func attendFinite(_ plan: AttentionPlan) throws(KVError) -> AttentionFault? {
     try attend(plan)

@@ -115,16 +115,7 @@ extension KVCache {
   }
 
   private func isWithin(_ limit: Float, _ slices: [RunSlice], _ dim: Int) -> Bool {
-    var low = [Float](repeating: .infinity, count: dim)
-    var high = [Float](repeating: -.infinity, count: dim)
-    slices.withUnsafeBufferPointer { slices in
-      low.withUnsafeMutableBufferPointer { low in
-        high.withUnsafeMutableBufferPointer { high in
-          guard let low = low.baseAddress, let high = high.baseAddress else { return }
-          backend.operations.channelRange(slices, map: nil, low: low, high: high)
-        }
-      }
-    }
+    let (low, high) = backend.operations.channelRange(slices, dim: dim)
     // A backend without rows leaves the range empty.
     return zip(low, high).allSatisfy { $0 > $1 || max(abs($0), abs($1)) <= limit }
   }

@@ -47,21 +47,22 @@ extension KVCache {
     try segment.prepareDrop()
     // All scores and every head's lowest first: a NaN is found before any head loses a row.
     let scores = score(inPlace.scorer, state, segment)
-    let lowest = victims.values(of: Int.self, count: heads)
-    for head in 0..<heads {
-      let columns = segment.observed(head: head)
-      lowest[head] = try self.lowest(
-        of: columns, scores(columns, head), among: unprotected(head, state, columns), state, head)
-    }
+    let victims = victims.values(of: Victims.self, count: heads)
     for head in 0..<heads {
       let columns = segment.observed(head: head)
       let excess = self.excess(of: head, state, columns.live)
+      let slots = unprotected(columns, kept: columns.live - excess)
+      let lowest = try self.lowest(of: columns, scores(columns, head), among: slots, state, head)
+      victims[head] = Victims(excess: excess, first: slots.lowerBound, end: slots.upperBound, lowest: lowest)
+    }
+    for head in 0..<heads {
+      let columns = segment.observed(head: head)
+      let own = victims[head]
       // Budgets of their own make heads differ.
-      if head > 0, segment.liveCount(head: 0) != columns.live - excess { state.headsAreAlike = false }
-      if excess > 0 {
+      if head > 0, segment.liveCount(head: 0) != columns.live - own.excess { state.headsAreAlike = false }
+      if own.excess > 0 {
         drop(
-          excess, head, segment, scores: scores(columns, head), among: unprotected(head, state, columns),
-          lowest: lowest[head])
+          own.excess, head, segment, scores: scores(columns, head), among: own.first..<own.end, lowest: own.lowest)
       }
     }
     do throws(KVError) {
@@ -89,6 +90,14 @@ extension KVCache {
     return true
   }
 
+  /// What a head loses: `excess` rows of the slots `first ..< end`, and which goes first, -1 where all are dead.
+  private struct Victims: BitwiseCopyable {
+    var excess: Int
+    var first: Int
+    var end: Int
+    var lowest: Int
+  }
+
   /// Rows of a head to drop.
   private func excess(of head: Int, _ state: LayerState, _ live: Int) -> Int {
     if let trigger = policy.schedule.trigger {
@@ -98,9 +107,9 @@ extension KVCache {
   }
 
   /// Slots of a head that nothing protects.
-  private func unprotected(_ head: Int, _ state: LayerState, _ columns: ObservedColumns) -> Range<Int> {
+  private func unprotected(_ columns: ObservedColumns, kept: Int) -> Range<Int> {
     guard let inPlace else { return 0..<0 }
-    let split = inPlace.protection.split(kept: columns.live - excess(of: head, state, columns.live), of: columns.live)
+    let split = inPlace.protection.split(kept: kept, of: columns.live)
     let first = columns.slot(ofRow: split.sinks, backend.operations)
     return first..<max(first, columns.slot(ofRowFromEnd: split.window, backend.operations))
   }

@@ -54,7 +54,7 @@ public final class KVCache {
   package let stepWeights = Workspace()
   /// Scores among which many rows are dropped at once.
   let candidates = Workspace()
-  /// The row each head loses.
+  /// What each head loses.
   let victims = Workspace()
 
   /// An empty cache.

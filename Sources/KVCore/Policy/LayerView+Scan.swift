@@ -40,18 +40,8 @@ extension LayerView {
 
   /// Smallest and largest element of every channel of some rows of a head; ±infinity for none. O(rows · dim).
   public func channelRange(head: Int, _ side: Side, rows: Range<Int>) -> (low: [Float], high: [Float]) {
-    let dim = side == .keys ? shape.keyDim : shape.valueDim
-    var low = [Float](repeating: .infinity, count: dim)
-    var high = [Float](repeating: -.infinity, count: dim)
-    low.withUnsafeMutableBufferPointer { low in
-      high.withUnsafeMutableBufferPointer { high in
-        guard let first = low.baseAddress, let second = high.baseAddress else { return }
-        slices(head: head, rows: Array(rows), side).withUnsafeBufferPointer {
-          backend.channelRange($0, map: nil, low: first, high: second)
-        }
-      }
-    }
-    return (low, high)
+    backend.channelRange(
+      slices(head: head, rows: Array(rows), side), dim: side == .keys ? shape.keyDim : shape.valueDim)
   }
 
   /// Standard deviation over the channels of some rows after every channel was scaled: (x - low) · inverse.

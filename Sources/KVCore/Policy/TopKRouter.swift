@@ -31,19 +31,14 @@ public struct TopKRouter: Router {
   }
 
   public func route(_ layer: LayerView, scores: ScoreTable, kept: [Int], into routing: inout Routing) {
-    var splits: [BudgetSplit] = []
-    if rule == nil, selectsElsewhere(layer, scores, kept, into: &routing) { return }
-    for head in 0..<scores.headCount {
-      let count = scores.rowCount(head: head)
-      let split = protection.split(kept: kept[head], of: count)
+    let splits = (0..<scores.headCount).map { protection.split(kept: kept[$0], of: scores.rowCount(head: $0)) }
+    if rule == nil, selectsElsewhere(layer, scores, splits, into: &routing) { return }
+    for (head, split) in splits.enumerated() {
       let middle = split.candidates
       routing.send(head: head, rows: split.sinkRange, to: .tier(0))
       routing.send(head: head, rows: middle, to: others)
       routing.send(head: head, rows: split.windowRange, to: .tier(0))
-      if rule != nil {
-        splits.append(split)
-        continue
-      }
+      if rule != nil { continue }
       let start = scores.range(head: head).lowerBound
       let candidates = scores.values[start + middle.lowerBound..<start + middle.upperBound]
       if candidates.count - split.chosen == 1, let lowest = lastOfSmallest(candidates) {
@@ -63,9 +58,8 @@ public struct TopKRouter: Router {
 extension TopKRouter {
   /// The same choice by the backend, where that is worth a call. False: it was not made.
   private func selectsElsewhere(
-    _ layer: LayerView, _ scores: ScoreTable, _ kept: [Int], into routing: inout Routing
+    _ layer: LayerView, _ scores: ScoreTable, _ splits: [BudgetSplit], into routing: inout Routing
   ) -> Bool {
-    let splits = (0..<scores.headCount).map { protection.split(kept: kept[$0], of: scores.rowCount(head: $0)) }
     guard layer.backend.selectsRows(of: splits.reduce(0) { $0 + $1.candidates.count }) else { return false }
     let chosen = scores.values.withUnsafeBufferPointer { values -> [UInt32]? in
       guard let base = values.baseAddress else { return nil }
@@ -182,31 +176,10 @@ extension ArraySlice<Float> {
 /// The value that is `rank`-th when sorted descending, 1-based.
 private func nthLargest(_ rank: Int, of values: ArraySlice<Float>) -> Float {
   var work = Array(values)
-  var low = 0
-  var high = work.count - 1
-  let target = rank - 1
-  while low < high {
-    let pivot = medianOfThree(work[low], work[(low + high) / 2], work[high])
-    var i = low
-    var j = high
-    while i <= j {
-      while work[i] > pivot { i += 1 }
-      while work[j] < pivot { j -= 1 }
-      if i <= j {
-        work.swapAt(i, j)
-        i += 1
-        j -= 1
-      }
-    }
-    if target <= j {
-      high = j
-    } else if target >= i {
-      low = i
-    } else {
-      break
-    }
+  return work.withUnsafeMutableBufferPointer { work in
+    // Not empty: a rank is at least 1, and at most the count.
+    nthSmallest(work.count - rank + 1, of: work.baseAddress.unsafelyUnwrapped, count: work.count)
   }
-  return work[target]
 }
 
 /// The value that is `rank`-th when sorted ascending, 1-based. Reorders `work`.

@@ -44,16 +44,7 @@ extension RowStore {
     over rows: [RunSlice], queries: [Float]?, backend: any ComputeBackend
   ) throws(KVError) {
     guard isUncalibrated, let encoding = format.body, let fixedMap else { return }
-    var low = [Float](repeating: .infinity, count: dim)
-    var high = [Float](repeating: -.infinity, count: dim)
-    rows.withUnsafeBufferPointer { rows in
-      low.withUnsafeMutableBufferPointer { low in
-        high.withUnsafeMutableBufferPointer { high in
-          guard let low = low.baseAddress, let high = high.baseAddress else { return }
-          backend.channelRange(rows, map: fixedMap.descriptor, low: low, high: high)
-        }
-      }
-    }
+    let (low, high) = backend.channelRange(rows, map: fixedMap.descriptor, dim: dim)
     sharedMap = try makeMap(low: low, high: high, queries: queries, encoding, backend: backend)
   }
 
