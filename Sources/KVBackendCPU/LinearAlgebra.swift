@@ -19,9 +19,11 @@ package enum LinearAlgebra {
     precondition(a.count == rows * columns && b.count == columns * width, "matrix sizes do not fit their shapes")
     var result = [Float](repeating: 0, count: rows * width)
     if result.isEmpty || columns == 0 { return result }
-    cblas_sgemm(
-      CblasRowMajor, CblasNoTrans, transposed ? CblasTrans : CblasNoTrans, Int32(rows), Int32(width), Int32(columns),
-      1, a, Int32(columns), b, Int32(transposed ? columns : width), 0, &result, Int32(width))
+    withSerialBLAS {
+      cblas_sgemm(
+        CblasRowMajor, CblasNoTrans, transposed ? CblasTrans : CblasNoTrans, Int32(rows), Int32(width), Int32(columns),
+        1, a, Int32(columns), b, Int32(transposed ? columns : width), 0, &result, Int32(width))
+    }
     return result
   }
 
@@ -45,9 +47,11 @@ package enum LinearAlgebra {
   package static func addGram(_ a: [Double], rows: Int, columns: Int, to gram: inout [Double]) {
     precondition(a.count == rows * columns && gram.count == columns * columns, "matrix sizes do not fit their shapes")
     if rows == 0 || columns == 0 { return }
-    cblas_dsyrk(
-      CblasRowMajor, CblasUpper, CblasTrans, Int32(columns), Int32(rows), 1, a, Int32(columns), 1, &gram,
-      Int32(columns))
+    withSerialBLAS {
+      cblas_dsyrk(
+        CblasRowMajor, CblasUpper, CblasTrans, Int32(columns), Int32(rows), 1, a, Int32(columns), 1, &gram,
+        Int32(columns))
+    }
   }
 
   /// a [rows, columns] times b [columns, width], or times the transpose of b [width, columns], in f64.
@@ -57,9 +61,11 @@ package enum LinearAlgebra {
     precondition(a.count == rows * columns && b.count == columns * width, "matrix sizes do not fit their shapes")
     var result = [Double](repeating: 0, count: rows * width)
     if result.isEmpty || columns == 0 { return result }
-    cblas_dgemm(
-      CblasRowMajor, CblasNoTrans, transposed ? CblasTrans : CblasNoTrans, Int32(rows), Int32(width), Int32(columns),
-      1, a, Int32(columns), b, Int32(transposed ? columns : width), 0, &result, Int32(width))
+    withSerialBLAS {
+      cblas_dgemm(
+        CblasRowMajor, CblasNoTrans, transposed ? CblasTrans : CblasNoTrans, Int32(rows), Int32(width), Int32(columns),
+        1, a, Int32(columns), b, Int32(transposed ? columns : width), 0, &result, Int32(width))
+    }
     return result
   }
 
@@ -96,7 +102,7 @@ package enum LinearAlgebra {
     }
     if n == 0 { return [] }
     var values = [Double](repeating: 0, count: n)
-    let info = dsyevd(n, &matrix, &values)
+    let info = withSerialBLAS { dsyevd(n, &matrix, &values) }
     guard info == 0 else {
       throw KVError(.nonFinite, "the eigenvalue iteration did not converge (LAPACK info \(info))")
     }
@@ -113,7 +119,7 @@ package enum LinearAlgebra {
     if a.isEmpty { return [] }
     var work = a
     var values = [Float](repeating: 0, count: min(rows, columns))
-    let info = sgesddValues(rows: columns, columns: rows, &work, &values)
+    let info = withSerialBLAS { sgesddValues(rows: columns, columns: rows, &work, &values) }
     guard info == 0 else {
       throw KVError(.nonFinite, "the singular value iteration did not converge (LAPACK info \(info))")
     }

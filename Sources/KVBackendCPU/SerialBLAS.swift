@@ -6,8 +6,22 @@ internal import Synchronization
   internal import COpenBLAS
 #endif
 
-/// BLAS on the calling thread only, for as long as anyone asks: factorisations cut their work into pieces of their own,
-/// which do not depend on how many threads there are. Accelerate decides for itself.
+/// Runs `body` while BLAS stays on the thread that calls it, whoever calls it. Sections nest and may overlap on several
+/// threads; OpenBLAS gets its number of threads back when the last one ends.
+///
+/// OpenBLAS has one number of threads for the whole process, and what it computes depends on it to the last bit. The
+/// factorisations of this library cut their work into pieces of their own and run in such a section. An engine that
+/// uses the same OpenBLAS, on another thread meanwhile, gets the same bits every time by doing its own products in one.
+/// Accelerate decides for itself: there `body` is just called.
+public func withSerialBLAS<Result: ~Copyable, Failure: Error>(
+  _ body: () throws(Failure) -> Result
+) throws(Failure) -> Result {
+  SerialBLAS.begin()
+  defer { SerialBLAS.end() }
+  return try body()
+}
+
+/// The section itself, and the products done in it.
 enum SerialBLAS {
   private static let users = Mutex((count: 0, threads: Int32(1)))
 
