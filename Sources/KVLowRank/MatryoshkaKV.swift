@@ -9,7 +9,8 @@ public import KVTensorFiles
 ///
 /// Differs from the authors' code: bases belong to KV heads, where that code repeats keys and values to query heads before
 /// it caches them; greedy rates follow from the variance that is lost, where the paper runs the model for every candidate
-/// (``RateSearch`` does, and its ranks can be loaded); the attention of the prompt itself is exact; trained bases are loaded, not trained.
+/// (``RateSearch`` does, and its ranks can be loaded); the attention of the prompt itself is exact; trained bases are
+/// loaded, not trained.
 ///
 /// ```
 /// keys    k ≈ (k - mean)·U_r·U_rᵀ + mean     latents [tokens, r of the head], attention on latents
