@@ -144,6 +144,16 @@ static bool accessible(void *opaque, const void *address) {
   return code == 0 && type != 0;
 }
 
+static int enter(void *opaque) { return cuda.context_push(((session *)opaque)->context); }
+
+static void leave(void *opaque) {
+  void *popped;
+  (void)opaque;
+  cuda.context_pop(&popped);
+}
+
+static void *stream_of(void *opaque) { return ((session *)opaque)->stream; }
+
 static const char *error_name(int code) {
   const char *name = NULL;
   return cuda.error_name(code, &name) == 0 && name ? name : "unknown CUDA error";
@@ -164,6 +174,9 @@ static const ckv_cuda_driver driver = {
     .synchronize = synchronize,
     .accessible = accessible,
     .error_name = error_name,
+    .enter = enter,
+    .leave = leave,
+    .stream = stream_of,
 };
 
 static const char *missing;

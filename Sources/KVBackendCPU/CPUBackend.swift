@@ -64,6 +64,14 @@ package final class CPUBackend: ComputeBackend {
 
   package var name: String { "cpu (\(levelName), \(threads) thread\(threads == 1 ? "" : "s"))" }
 
+  package var linearAlgebra: String {
+    #if canImport(Accelerate)
+      "Accelerate, on the processor"
+    #else
+      "OpenBLAS, on the processor"
+    #endif
+  }
+
   package init(threads: Int? = nil, level: String? = nil, products: AttentionProducts = .f32) throws(KVError) {
     let wanted = level ?? CPUBackend.environment("KV_CPU_LEVEL")
     if let wanted {

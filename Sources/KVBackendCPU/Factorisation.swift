@@ -2,14 +2,6 @@ internal import CKVKernels
 internal import KVCore
 internal import Synchronization
 
-#if canImport(Glibc)
-  internal import Glibc
-#elseif canImport(Musl)
-  internal import Musl
-#else
-  internal import Darwin
-#endif
-
 #if canImport(Accelerate)
   internal import Accelerate
 #else
@@ -53,17 +45,13 @@ struct Factorisation {
     do throws(KVError) {
       let mean = options.centred ? columnMeans() : []
       let reader = RowReader(matrix, mean: mean, backend: backend)
-      let byRows = height < width && height <= 1024
-      let factors: Factors
-      switch options.algorithm {
-      case .gram: factors = try byRows ? gramOfRows(reader) : gramOfColumns(reader)
-      case .randomised: factors = try randomised(reader)
-      case .automatic:
-        factors =
-          try byRows
-          ? gramOfRows(reader)
-          : width <= 1024 || rank * 4 > width ? gramOfColumns(reader) : randomised(reader)
-      }
+      var factors =
+        switch FactorRoute(height: height, width: width, rank: rank, options.algorithm) {
+        case .gramOfRows: try gramOfRows(reader)
+        case .gramOfColumns: try gramOfColumns(reader)
+        case .randomised: try randomised(reader)
+        }
+      factors.fixSigns()
       options.progress?(1)
       return .success(factors)
     } catch {
@@ -73,8 +61,7 @@ struct Factorisation {
 
   // MARK: Blocks of rows
 
-  /// Rows read at a time: eight megabytes, but no more than a sixteenth of all where those are many.
-  private var blockRows: Int { max(256, min(2048, (2 << 20) / max(width, 1), height / 16)) }
+  private var blockRows: Int { FactorRoute.blockRows(height: height, width: width) }
 
   /// Calls `body` with every block of rows.
   private func forEachBlock(
@@ -132,14 +119,13 @@ struct Factorisation {
     }
     options.progress?(0.9)
     scratch.add(floats: rank * width)
-    var basis = [Float](unsafeUninitializedCapacity: rank * width) { buffer, filled in
+    let basis = [Float](unsafeUninitializedCapacity: rank * width) { buffer, filled in
       // LAPACK's vectors ascend.
       for i in 0..<rank {
         for c in 0..<width { buffer[i * width + c] = Float(vectors[(width - 1 - i) * width + c]) }
       }
       filled = rank * width
     }
-    fixSigns(&basis)
     return Factors(
       rank: rank, width: width, basis: basis, mean: reader.mean,
       singularValues: values[..<rank].map { max($0, 0).squareRoot() }, energy: values.reduce(0) { $0 + max($1, 0) })
@@ -203,14 +189,6 @@ struct Factorisation {
     return (values, vectors)
   }
 
-  private func fixSigns(_ basis: inout [Float]) {
-    for i in 0..<rank {
-      var largest = i * width
-      for c in i * width..<(i + 1) * width where abs(basis[c]) > abs(basis[largest]) { largest = c }
-      if basis[largest] < 0 { for c in i * width..<(i + 1) * width { basis[c] = -basis[c] } }
-    }
-  }
-
   // MARK: Gram matrix of the rows
 
   private func gramOfRows(_ reader: RowReader) throws(KVError) -> Factors {
@@ -239,7 +217,6 @@ struct Factorisation {
     SerialBLAS.multiply(
       weights, m, transposed: false, x, n, transposed: false, m: rank, n: n, k: m, into: &basis, n)
     _ = try orthonormalise(&basis, vectors: rank)
-    fixSigns(&basis)
     return Factors(
       rank: rank, width: n, basis: basis, mean: reader.mean,
       singularValues: values[..<rank].map { max($0, 0).squareRoot() }, energy: values.reduce(0) { $0 + max($1, 0) })
@@ -249,14 +226,14 @@ struct Factorisation {
 
   private func randomised(_ reader: RowReader) throws(KVError) -> Factors {
     let n = width
-    let l = min(rank + (options.oversampling ?? max(8, rank / 2)), n, height)
-    let sketchRows = min(height, max(4 * l, 64))
+    let finder = RangeFinder(height: height, width: width, rank: rank, options)
+    let (l, sketchRows) = (finder.vectors, finder.sketchRows)
     var sketch = [Float](repeating: 0, count: sketchRows * n)
     scratch.add(floats: sketchRows * (n + l) + l * n)
-    let energy = fill(&sketch, rows: sketchRows, reader, share: options.passes == 0 ? 0.8 : 0.2)
+    let energy = fill(&sketch, finder, reader, share: options.passes == 0 ? 0.8 : 0.2)
 
     // The directions of the sketch, by power iterations from random ones.
-    var basis = normals(l * n)
+    var basis = finder.normals(l * n)
     _ = try orthonormalise(&basis, vectors: l)
     var strengths = [Double](repeating: 0, count: l)
     for _ in 0..<3 {
@@ -287,7 +264,6 @@ struct Factorisation {
       strengths = try orthonormalise(&basis, vectors: l)
     }
     basis.removeLast((l - rank) * n)
-    fixSigns(&basis)
     return Factors(
       rank: rank, width: n, basis: basis, mean: reader.mean,
       singularValues: strengths[..<rank].map { $0.squareRoot() }, energy: energy)
@@ -295,9 +271,11 @@ struct Factorisation {
 
   /// Every row, with a sign, added to a row of the sketch; the rows themselves where there are no more of them. Returns
   /// the sum of the squares of all elements.
-  private func fill(_ sketch: inout [Float], rows: Int, _ reader: RowReader, share: Double) -> Double {
+  private func fill(
+    _ sketch: inout [Float], _ finder: RangeFinder, _ reader: RowReader, share: Double
+  ) -> Double {
     let n = width
-    let copies = rows == height
+    let copies = finder.sketchRows == height
     let strip = 256
     let strips = (n + strip - 1) / strip
     var energies = [Double](repeating: 0, count: strips)
@@ -310,9 +288,8 @@ struct Factorisation {
             let count = min(strip, n - first)
             for row in 0..<range.count {
               let source = x + row * n + first
-              let hash = mix(options.seed &+ UInt64(range.lowerBound + row) &* 0x9E37_79B9_7F4A_7C15)
-              let target = copies ? range.lowerBound + row : Int(hash % UInt64(rows))
-              let sign: Float = copies || hash >> 63 == 0 ? 1 : -1
+              let (target, sign) =
+                copies ? (range.lowerBound + row, 1) : finder.place(row: range.lowerBound + row)
               backend.kernels.pointee.axpy!(sketch + target * n + first, source, sign, count)
               energies[item] += Double(backend.kernels.pointee.dot!(source, source, count))
             }
@@ -321,22 +298,6 @@ struct Factorisation {
       }
     }
     return energies.reduce(0, +)
-  }
-
-  private func mix(_ value: UInt64) -> UInt64 {
-    var z = value
-    z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
-    z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
-    return z ^ (z >> 31)
-  }
-
-  private func normals(_ count: Int) -> [Float] {
-    var state = options.seed
-    func uniform() -> Double {
-      state &+= 0x9E37_79B9_7F4A_7C15
-      return (Double(mix(state) >> 11) + 0.5) * 0x1p-53
-    }
-    return (0..<count).map { _ in Float((-2 * log(uniform())).squareRoot() * cos(2 * Double.pi * uniform())) }
   }
 
   /// x·basisᵀ, [rows][l].

@@ -3,19 +3,30 @@ internal import KVBackendCPU
 package import KVCore
 internal import Synchronization
 
-/// Latents. Bases are found on the host, over copies of the rows: once a prompt, in f64, where the CPU's BLAS is at hand.
-/// Projecting on them and restoring happens on the card.
+/// Latents. Bases are found with cuBLAS and cuSOLVER where they are installed, and rows projected on them where they lie;
+/// else on the host, over copies of the rows, with the BLAS of the processor. Restoring happens on the card.
 extension CUDABackend {
   package var holdsLatents: Bool { true }
 
-  package func require(_ format: SideFormat) throws(KVError) {
-    guard format.body?.zeroPoint?.isClamped != true else {
-      throw KVError(
-        .unsupported, "\(name) encodes no clamped zero points; use the CPU backend, or codes from the minimum")
+  package func factor(
+    _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions
+  ) throws(KVError) -> [Factors] {
+    precondition(matrices.count == ranks.count, "\(ranks.count) ranks for \(matrices.count) matrices")
+    try session.surviving()
+    guard let algebra = try cardAlgebra() else { return try factorOnHost(matrices, ranks: ranks, options: options) }
+    var factors: [Factors] = []
+    for (index, matrix) in matrices.enumerated() {
+      var own = options
+      if let report = options.progress {
+        let count = Double(matrices.count)
+        own.progress = { share in report((Double(index) + share) / count) }
+      }
+      factors.append(try CUDAFactorisation(matrix, rank: ranks[index], own, algebra, self).run())
     }
+    return factors
   }
 
-  package func factor(
+  private func factorOnHost(
     _ matrices: [RowMatrix], ranks: [Int], options: FactorOptions
   ) throws(KVError) -> [Factors] {
     let copies = HostRows(self)
@@ -30,9 +41,97 @@ extension CUDABackend {
     return factors
   }
 
-  package func project(_ projections: [Projection]) -> [ProjectionResult] {
+  package func project(_ projections: [Projection]) throws(KVError) -> [ProjectionResult] {
+    try session.surviving()
+    guard let algebra = try cardAlgebra() else { return try projectOnHost(projections) }
+    var results: [ProjectionResult] = []
+    for projection in projections { results.append(try project(projection, algebra)) }
+    return results
+  }
+
+  /// Numbers whose magnitudes a block sums.
+  private static let measured = 1 << 14
+
+  private func project(_ projection: Projection, _ algebra: CUDAAlgebra) throws(KVError) -> ProjectionResult {
+    let workspace = CUDAWorkspace(self)
+    defer { withExtendedLifetime(workspace) {} }
+    var matrix = try CUDAMatrix(projection.matrix, workspace, self)
+    try matrix.subtract(projection.mean)
+    let (height, width) = (matrix.height, matrix.width)
+    var result = ProjectionResult()
+    if height * width == 0 { return result }
+    let rank = projection.encoder.map { $0.count / width } ?? width
+    let block = min(FactorRoute.blockRows(height: height, width: width), height)
+    let rows = try workspace.take(block * width, of: Float.self)
+    var latents = rows
+    var encoder: UnsafeMutablePointer<Float>?
+    if let weights = projection.encoder, rank > 0 {
+      let held = try workspace.take(rank * width, of: Float.self)
+      session.copy(to: held, from: weights, rank * width * 4)
+      encoder = held
+      latents = try workspace.take(block * rank, of: Float.self)
+    }
+    func sums(_ count: Int) -> Int { (count + CUDABackend.measured - 1) / CUDABackend.measured }
+    let (most, mostLatents) = (sums(block * width), sums(block * rank))
+    let measures = try workspace.take(2 * (most + mostLatents), of: Double.self)
+    for first in stride(from: 0, to: height, by: block) {
+      let range = first..<min(first + block, height)
+      try exclusively { scratch throws(KVError) in
+        try matrix.load(range, into: rows, &scratch)
+        if let encoder {
+          try algebra.multiply(
+            rows, width, transposed: false, encoder, width, transposed: true, m: range.count, n: rank, k: width,
+            into: latents, rank)
+        }
+        session.launch(
+          .magnitudes, x: sums(range.count * width), rows, UInt64(range.count * width), UInt32(CUDABackend.measured),
+          measures)
+        session.launch(
+          .magnitudes, x: sums(range.count * rank), latents, UInt64(range.count * rank), UInt32(CUDABackend.measured),
+          measures + 2 * most)
+        try write(latents, range, rank, to: projection.targets, &scratch)
+      }
+      let found: [Double] = try fetch(measures, 2 * (most + mostLatents))
+      for index in 0..<sums(range.count * width) { result.energy += found[2 * index] }
+      for index in most..<most + sums(range.count * rank) {
+        result.kept += found[2 * index]
+        result.largest = max(result.largest, Float(found[2 * index + 1]))
+      }
+    }
+    return result
+  }
+
+  /// Queues latents of rows `range` on their way to the rows they belong to.
+  private func write(
+    _ latents: UnsafeMutablePointer<Float>, _ range: Range<Int>, _ rank: Int, to targets: [RunSlice],
+    _ scratch: inout Scratch
+  ) throws(KVError) {
+    var start = 0
+    for target in targets {
+      let low = max(start, range.lowerBound)
+      let high = min(start + target.count, range.upperBound)
+      if low < high, rank > 0 {
+        let row = target.first + low - start
+        let source = latents + (low - range.lowerBound) * rank
+        if session.accessible(target.run.base) {
+          let run = RowRun(
+            encoding: .dense(.f32), dim: rank, capacity: high - low, base: UnsafeMutableRawPointer(source))
+          let list = try self.list([RunSlice(run: run, first: 0, count: high - low)], &scratch)
+          encode(list, 1, rows: high - low, to: target.run, row: row)
+        } else {
+          precondition(target.run.encoding.type == .f32, "\(target.run.encoding) rows in ordinary memory")
+          session.copy(to: target.run.base + row * rank * 4, from: source, (high - low) * rank * 4)
+        }
+      }
+      start += target.count
+      if start >= range.upperBound { break }
+    }
+  }
+
+  private func projectOnHost(_ projections: [Projection]) throws(KVError) -> [ProjectionResult] {
     let copies = HostRows(self)
-    return projections.map { projection in
+    var results: [ProjectionResult] = []
+    for projection in projections {
       var own = projection
       for index in own.matrix.columns.indices {
         own.matrix.columns[index].slices = copies.copy(own.matrix.columns[index].slices)
@@ -49,7 +148,7 @@ extension CUDABackend {
         RunSlice(
           run: RowRun(encoding: .dense(type), dim: rank, capacity: count, base: memory), first: 0, count: count)
       ]
-      let result = host.project([own])
+      results += host.project([own])
       var next = memory
       for target in projection.targets {
         let bytes = target.count * rank * type.byteCount
@@ -57,8 +156,9 @@ extension CUDABackend {
         next += bytes
       }
       session.synchronize()
-      return result[0]
+      try session.surviving()
     }
+    return results
   }
 
   package func restore(
@@ -70,6 +170,8 @@ extension CUDABackend {
     if count == 0 || dim == 0 { return }
     exclusivelyRecording { scratch throws(KVError) in
       let offset = (count * dim + 63) / 64 * 64
+      let (latents, held) = try near(latents)
+      defer { withExtendedLifetime(held) {} }
       let table = try loadTable(latents, &scratch, offset: offset)
       let rows = table - offset
       restore(
@@ -159,6 +261,7 @@ final class HostRows {
 
   func copy(_ slices: [RunSlice]) -> [RunSlice] {
     slices.map { slice in
+      if slice.run.encoding.kind == .dense, !backend.session.accessible(slice.run.base) { return slice }
       let dim = slice.run.dim
       let rows = UnsafeMutablePointer<Float>.allocate(capacity: max(slice.count * dim, 1))
       memory.append(rows)

@@ -167,10 +167,19 @@ extension CUDABackend {
       return try scratch.table.bytes(offset * 4 + 4, session).assumingMemoryBound(to: Float.self) + offset
     }
     let base = try scratch.table.bytes((offset + count * dim) * 4, session).assumingMemoryBound(to: Float.self)
-    let table = base + offset
+    try load(slices, rows: count, into: base + offset, stride: dim, &scratch)
+    return base + offset
+  }
+
+  /// Rows of some slices as rows of the model, f32, `stride` floats apart.
+  func load(
+    _ slices: [RunSlice], rows count: Int, into table: UnsafeMutablePointer<Float>, stride: Int,
+    _ scratch: inout Scratch
+  ) throws(KVError) {
+    guard let dim = slices.first?.run.dim, count > 0 else { return }
     let list = try self.list(slices, &scratch)
     session.launch(
-      .read, x: gridBlocks(count * dim), list, UInt32(slices.count), UInt32(count), table, UInt64(dim))
+      .read, x: gridBlocks(count * dim), list, UInt32(slices.count), UInt32(count), table, UInt64(stride))
     var next = table
     var index = 0
     while index < slices.count {
@@ -182,18 +191,35 @@ extension CUDABackend {
         end += 1
       }
       if let map = slices[index].run.map {
-        try self.map(next, rows: rows, map, back: true, numbers: true, &scratch)
+        try self.map(next, rows: rows, stride: stride, map, back: true, numbers: true, &scratch)
       }
-      next += rows * dim
+      next += rows * stride
       index = end
     }
-    return table
   }
 
-  /// Brings rows of f32 behind a map, or back.
+  /// The same slices with rows in ordinary memory, dense ones, copied to the card, and what holds the copies.
+  func near(_ slices: [RunSlice]) throws(KVError) -> (slices: [RunSlice], held: [Buffer]) {
+    var held: [Buffer] = []
+    var result = slices
+    for (index, slice) in slices.enumerated() where slice.count > 0 && !session.accessible(slice.run.base) {
+      let (encoding, dim) = (slice.run.encoding, slice.run.dim)
+      precondition(encoding.kind == .dense, "\(encoding) rows in ordinary memory")
+      let buffer = try allocate(byteCount: encoding.payloadBytes(rows: slice.count, dim: dim), hostVisible: false)
+      session.copy(
+        to: buffer.base, from: slice.run.base + encoding.payloadBytes(rows: slice.first, dim: dim), buffer.byteCount)
+      held.append(buffer)
+      result[index] = RunSlice(
+        run: RowRun(encoding: encoding, dim: dim, capacity: slice.count, base: buffer.base), first: 0,
+        count: slice.count)
+    }
+    return (result, held)
+  }
+
+  /// Brings rows of f32, `stride` floats apart, behind a map, or back.
   func map(
-    _ rows: UnsafeMutablePointer<Float>, rows count: Int, _ map: UnsafePointer<MapDescriptor>, back: Bool,
-    numbers: Bool, _ scratch: inout Scratch
+    _ rows: UnsafeMutablePointer<Float>, rows count: Int, stride: Int? = nil, _ map: UnsafePointer<MapDescriptor>,
+    back: Bool, numbers: Bool, _ scratch: inout Scratch
   ) throws(KVError) {
     let own = map.pointee
     let ring = try scratch.ring.bytes(own.dim * 8 + 64, session)
@@ -210,11 +236,11 @@ extension CUDABackend {
       description.order = UInt64(UInt(bitPattern: ring + own.dim * 4))
     }
     session.launch(
-      .map, x: count, rows, UInt64(own.dim), description, UInt32(back ? 1 : 0), UInt32(numbers ? 1 : 0))
+      .map, x: count, rows, UInt64(stride ?? own.dim), description, UInt32(back ? 1 : 0), UInt32(numbers ? 1 : 0))
   }
 
   /// The slices as the kernels read them, in pinned memory.
-  private func list(_ slices: [RunSlice], _ scratch: inout Scratch) throws(KVError) -> UnsafeMutableRawPointer {
+  func list(_ slices: [RunSlice], _ scratch: inout Scratch) throws(KVError) -> UnsafeMutableRawPointer {
     let base = try scratch.ring.bytes(slices.count * MemoryLayout<kv_slice>.stride, session)
     let list = base.assumingMemoryBound(to: kv_slice.self)
     var start = 0
@@ -280,6 +306,8 @@ extension CUDABackend {
       bytes += (slice.run.encoding.payloadBytes(rows: slice.count, dim: slice.run.dim) + 255) / 256 * 256
     }
     if bytes == 0 { return slices }
+    // Their list comes after them, and must not take their place.
+    try scratch.ring.reserve(bytes + slices.count * MemoryLayout<kv_slice>.stride, pieces: 2, session)
     let pinned = try scratch.ring.bytes(bytes, session)
     var offset = 0
     return slices.enumerated().map { index, slice in
@@ -297,10 +325,11 @@ extension CUDABackend {
     }
   }
 
-  private func encode(_ list: UnsafeMutableRawPointer, _ slices: Int, rows: Int, to target: RowRun, row: Int) {
+  func encode(_ list: UnsafeMutableRawPointer, _ slices: Int, rows: Int, to target: RowRun, row: Int) {
     let encoding = target.encoding
     let slice = RunSlice(run: target, first: row, count: rows).kernelSlice(start: 0)
-    if let zero = encoding.zeroPoint {
+    // Groups of tokens around zero points are a matter of their code.
+    if let zero = encoding.zeroPoint, encoding.kind == .affinePerToken {
       let groups = (target.dim + encoding.group - 1) / encoding.group
       session.launch(
         .toZeroNumbers, x: gridBlocks(rows * groups), list, UInt32(slices), slice, Float(zero.clip),

@@ -35,6 +35,10 @@ package final class CUDABackend: ComputeBackend {
   let host: CPUBackend
   /// Scores from which on rows are chosen on the card: fewer are looked at in less than a launch takes.
   let leastSelected: Int
+  /// Tables of functions in static memory.
+  nonisolated(unsafe) private let libraries: CUDALibraries
+  /// What makes products and eigenvectors on the card; nil until it is needed, or where it is not installed.
+  private let algebra = Mutex<CUDAAlgebra?>(nil)
   /// One call at a time: the stream is one, and so is the memory for descriptions and intermediate results.
   private let lock = Mutex<Void>(())
   /// Touched under the lock only, by `exclusively`.
@@ -63,9 +67,10 @@ package final class CUDABackend: ComputeBackend {
 
   package init(
     driver: UnsafePointer<ckv_cuda_driver>, device: Int, context: UnsafeMutableRawPointer? = nil,
-    stream: UnsafeMutableRawPointer? = nil, leastSelected: Int = 4096
+    stream: UnsafeMutableRawPointer? = nil, leastSelected: Int = 4096, libraries: CUDALibraries = .installed
   ) throws(KVError) {
     self.leastSelected = leastSelected
+    self.libraries = libraries
     guard device >= 0, device < 1 << 16 else {
       throw KVError(.invalidOption, "CUDA devices are counted from 0; got \(device)")
     }
@@ -75,6 +80,25 @@ package final class CUDABackend: ComputeBackend {
     _ = try scratch.pinned.bytes(CUDABackend.stagingBytes, session)
     _ = try scratch.ring.bytes(CUDABackend.stagingBytes, session)
     _ = try scratch.table.bytes(CUDABackend.tableElements * 4, session)
+  }
+
+  /// cuBLAS and cuSOLVER with their handles, made when they are needed first. Nil: they are not installed.
+  func cardAlgebra() throws(KVError) -> CUDAAlgebra? {
+    guard let functions = libraries.find().functions else { return nil }
+    return try algebra.withLock { algebra throws(KVError) in
+      if let made = algebra { return made }
+      // Handles must not be made while others of this context are used.
+      var made: CUDAAlgebra?
+      try exclusively { _ throws(KVError) in made = try CUDAAlgebra(functions, session) }
+      algebra = made
+      return made
+    }
+  }
+
+  package var linearAlgebra: String {
+    let (functions, reason) = libraries.find()
+    if let functions { return "\(String(cString: functions.pointee.names)), on the card" }
+    return "\(host.linearAlgebra), as \(reason)"
   }
 
   /// Pinned memory for staging, and for lists, that is always there.

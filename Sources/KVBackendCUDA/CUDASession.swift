@@ -223,6 +223,16 @@ final class CUDASession: Sendable {
     for address in gone.pinned { freeHost(UnsafeMutableRawPointer(bitPattern: address)) }
   }
 
+  /// Runs `body`, a call of a library that computes in this context and on this stream; returns its status.
+  func inContext(_ body: () -> Int32) throws(KVError) -> Int32 {
+    try CUDASession.check(driver, driver.pointee.enter(handle), "entering the context")
+    defer { driver.pointee.leave(handle) }
+    isBusy.store(true, ordering: .relaxed)
+    return body()
+  }
+
+  var stream: UnsafeMutableRawPointer? { driver.pointee.stream(handle) }
+
   /// Whether kernels can read and write there: device, managed or pinned memory.
   func accessible(_ address: UnsafeRawPointer) -> Bool { driver.pointee.accessible(handle, address) }
 }
@@ -241,6 +251,8 @@ enum CUDAKernel: Int, CaseIterable {
     placeRows
   // select.cu
   case pool, select
+  // factor.cu
+  case zeroRows, turnBack, subtractRow, widen, narrow, scaleWide, columnSums, magnitudes, sketch
 
   /// The name in the sources.
   var name: String {
@@ -287,12 +299,22 @@ enum CUDAKernel: Int, CaseIterable {
     case .placeRows: "kv_place_rows"
     case .pool: "kv_pool"
     case .select: "kv_select"
+    case .zeroRows: "kv_zero_rows"
+    case .turnBack: "kv_turn_back"
+    case .subtractRow: "kv_subtract_row"
+    case .widen: "kv_to_double"
+    case .narrow: "kv_to_single"
+    case .scaleWide: "kv_scale_wide"
+    case .columnSums: "kv_column_sums"
+    case .magnitudes: "kv_magnitudes"
+    case .sketch: "kv_sketch"
     }
   }
 
   static let modules: [(String, [CUDAKernel])] = [
     ("attend", members(.prepare, .window)), ("rows", members(.nonfinite, .toBlocks)),
     ("measure", members(.channelRange, .placeRows)), ("select", members(.pool, .select)),
+    ("factor", members(.zeroRows, .sketch)),
   ]
 
   private static func members(_ first: CUDAKernel, _ last: CUDAKernel) -> [CUDAKernel] {
@@ -347,6 +369,16 @@ struct CUDARing {
     let base = try memory.bytes(size, session)
     defer { used += wanted }
     return base + used
+  }
+
+  /// Makes sure that further `count` bytes, in several pieces, are there without a new beginning.
+  mutating func reserve(_ count: Int, pieces: Int, _ session: CUDASession) throws(KVError) {
+    let wanted = count + pieces * 256
+    if used + wanted <= size { return }
+    session.synchronize()
+    used = 0
+    size = max(size, wanted)
+    _ = try memory.bytes(size, session)
   }
 
   mutating func free(_ session: CUDASession) {

@@ -3,6 +3,7 @@
 // copies only: code of the host that reads it faults here as it would on a card. What is not accessible on a card (memory
 // of the engine that was never pinned) is refused by `accessible`, so that staging runs here too.
 #include "cuda_emulation.h"
+#include "emulation.h"
 #include "../../Sources/CKVCUDA/include/ckv_cuda.h"
 #include <atomic>
 #include <cmath>
@@ -230,6 +231,7 @@ static void kv_mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
 }
 
 #include "../../Sources/CKVCUDA/kernels/attend.cu"
+#include "../../Sources/CKVCUDA/kernels/factor.cu"
 #include "../../Sources/CKVCUDA/kernels/measure.cu"
 #include "../../Sources/CKVCUDA/kernels/rows.cu"
 #include "../../Sources/CKVCUDA/kernels/select.cu"
@@ -242,7 +244,7 @@ struct Allocation {
   bool pinned;
 };
 std::map<uintptr_t, Allocation> allocations;  // device and pinned memory
-std::atomic<long> failing{-1};
+std::atomic<long> failing{-1}, exhausting{-1};
 std::map<std::string, size_t> launches;
 std::map<std::string, size_t> calls;
 std::string failing_call;
@@ -321,6 +323,15 @@ const std::map<std::string, Call> kernels = {
     KERNEL(kv_place_rows),
     KERNEL(kv_pool),
     KERNEL(kv_select),
+    KERNEL(kv_zero_rows),
+    KERNEL(kv_turn_back),
+    KERNEL(kv_subtract_row),
+    KERNEL(kv_to_double),
+    KERNEL(kv_to_single),
+    KERNEL(kv_scale_wide),
+    KERNEL(kv_column_sums),
+    KERNEL(kv_magnitudes),
+    KERNEL(kv_sketch),
 };
 
 // Device memory: pages that nobody may touch but kernels and copies.
@@ -432,6 +443,8 @@ int take(size_t bytes, bool pinned, void **address) {
   std::lock_guard guard(lock);
   calls[pinned ? "allocate_host" : "allocate"]++;
   if (failing >= 0 && failing-- == 0) return 2;
+  if (exhausting == 0) return 2;
+  if (exhausting > 0) exhausting--;
   void *base = nullptr;
   if (pinned ? posix_memalign(&base, 256, bytes ? bytes : 1) : !(base = Card::card().take(bytes))) return 2;
   Card::Access access;
@@ -529,16 +542,49 @@ int synchronize(void *) {
   return 0;
 }
 
+thread_local unsigned entered = 0;
+
+int enter(void *) {
+  std::lock_guard guard(lock);
+  if (is_lost) return 700;
+  entered++;
+  return 0;
+}
+void leave(void *) { entered--; }
+void *stream_of(void *) { return last_stream; }
+
 const char *error_name(int code) { return code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_EMULATED"; }
 
 const ckv_cuda_driver driver = {open_session, close_session, describe,    load,      function,
                                 allocate,     release,       allocate_host, release_host, copy,
-                                launch,       synchronize,   accessible,  error_name};
+                                launch,       synchronize,   accessible,  error_name,
+                                enter,        leave,         stream_of};
 
 }  // namespace
 
+namespace emulation {
+bool in_context() { return entered > 0; }
+
+bool on_card(const void *address, size_t bytes) {
+  std::lock_guard guard(lock);
+  auto found = allocations.upper_bound((uintptr_t)address);
+  if (found == allocations.begin()) return false;
+  --found;
+  return !found->second.pinned && (uintptr_t)address + bytes <= found->first + found->second.bytes;
+}
+
+bool enqueue(const char *name, std::function<void()> work) {
+  std::lock_guard guard(lock);
+  if (is_lost) return false;
+  calls[name]++;
+  queue.push_back(std::move(work));
+  return true;
+}
+}  // namespace emulation
+
 const void *cuda_emulation_driver(void) { return &driver; }
 void cuda_emulation_fail_after(long count) { failing = count; }
+void cuda_emulation_exhaust_after(long count) { exhausting = count; }
 void cuda_emulation_fail_call(const char *name, long count) {
   std::lock_guard guard(lock);
   failing_call = name;

@@ -8,7 +8,8 @@ struct CheckCommand: ParsableCommand {
     commandName: "check",
     abstract: "A backend against the portable kernels, with every registered method.",
     discussion: """
-      Caches live on both, fed with the same numbers: outputs must agree to f32 rounding and the same rows must stay. \
+      Caches live on both, fed with the same numbers: outputs must agree to f32 rounding, latents that libraries of a \
+      card made to f16 rounding, and the same rows must stay. \
       Exit code 1 when one does not.
       """)
 
@@ -20,7 +21,7 @@ struct CheckCommand: ParsableCommand {
   func run() throws {
     try reportingErrors { () throws(KVError) in
       let backend = try placing.backend.backend(threads: threading.threads)
-      print(backend.name)
+      print("\(backend.name); rows are factored by \(backend.linearAlgebra)")
       let reference = try Backend.cpu(level: "portable")
       let layer = LayerShape(queryHeads: 8, kvHeads: 2, keyDim: 64, valueDim: 64)
       let rotary = try RotaryEmbedding(headDim: 64)

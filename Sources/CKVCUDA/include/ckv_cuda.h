@@ -33,12 +33,60 @@ typedef struct ckv_cuda_driver {
   /* Whether kernels can use the address: device, managed or pinned memory. */
   bool (*accessible)(void *session, const void *address);
   const char *(*error_name)(int code);
+  /* Makes the session's context the calling thread's, for libraries that compute in it, until `leave`. */
+  int (*enter)(void *session);
+  void (*leave)(void *session);
+  void *(*stream)(void *session);
 } ckv_cuda_driver;
+
+/* cuBLAS and cuSOLVER as a table of their own functions: matrices are column by column, numbers that scale them lie in
+ * host memory. Each returns 0 or a status of its library. Tests pass a table that computes on the CPU. */
+typedef struct ckv_cuda_libraries {
+  const char *names;
+  int (*blas_create)(void **handle);
+  int (*blas_destroy)(void *handle);
+  int (*blas_stream)(void *handle, void *stream);
+  /* c [m][n] = alpha * op(a) op(b) + beta * c, op(a) [m][k]. */
+  int (*sgemm)(void *handle, int op_a, int op_b, int m, int n, int k, const float *alpha, const float *a, int lda,
+               const float *b, int ldb, const float *beta, float *c, int ldc);
+  int (*dgemm)(void *handle, int op_a, int op_b, int m, int n, int k, const double *alpha, const double *a, int lda,
+               const double *b, int ldb, const double *beta, double *c, int ldc);
+  /* One triangle of c [n][n] = alpha * op(a) op(a)' + beta * c, op(a) [n][k]. */
+  int (*dsyrk)(void *handle, int triangle, int op, int n, int k, const double *alpha, const double *a, int lda,
+               const double *beta, double *c, int ldc);
+  int (*solver_create)(void **handle);
+  int (*solver_destroy)(void *handle);
+  int (*solver_stream)(void *handle, void *stream);
+  /* Doubles of memory that `dsyevd` works in. */
+  int (*dsyevd_size)(void *handle, int mode, int triangle, int n, const double *a, int lda, const double *values,
+                     int *size);
+  /* Replaces a symmetric matrix by its eigenvectors, ascending values. `info` is on the card. */
+  int (*dsyevd)(void *handle, int mode, int triangle, int n, double *a, int lda, double *values, double *work, int size,
+                int *info);
+} ckv_cuda_libraries;
+
+/* Numbers of both libraries' interfaces. */
+enum {
+  CKV_CUDA_AS_IT_IS = 0,
+  CKV_CUDA_TRANSPOSED = 1,
+  CKV_CUDA_LOWER = 0,
+  CKV_CUDA_UPPER = 1,
+  CKV_CUDA_VECTORS = 1,
+  CKV_CUDA_BLAS_OUT_OF_MEMORY = 3,
+  CKV_CUDA_SOLVER_OUT_OF_MEMORY = 2,
+};
+
+/* The libraries of this machine, or null with a sentence about what was looked for and not found. */
+const ckv_cuda_libraries *ckv_cuda_load_libraries(const char **why);
+
+/* What a status is called. */
+const char *ckv_cuda_blas_status(int status);
+const char *ckv_cuda_solver_status(int status);
 
 /* The driver of this machine, or null with a sentence about what was looked for and not found. */
 const ckv_cuda_driver *ckv_cuda_load_driver(const char **why);
 
-/* A compiled module by name ("attend", "rows", "measure", "select"), zero-terminated PTX. */
+/* A compiled module by name ("attend", "rows", "measure", "select", "factor"), zero-terminated PTX. */
 const char *ckv_cuda_ptx(const char *name);
 
 #ifdef __cplusplus

@@ -114,6 +114,41 @@ KV_DEVICE uint32_t kv_code_of(float x, float scale, float min, float levels) {
   return (uint32_t)kv_round(t);
 }
 
+// The nearest integer, ties to even and no negative zero, of any finite value, and a value within what a type holds.
+KV_DEVICE float kv_nearest_integer(float x) { return fabsf(x) >= 16777216.0f ? x : kv_add(kv_round(x), 0.0f); }
+KV_DEVICE float kv_saturated(float x, uint32_t type) {
+  const float most = type == KV_F16 ? 65504.0f : kv_float(type == KV_BF16 ? 0x7f7f0000u : 0x7f7fffffu);
+  return x > most ? most : x < -most ? -most : x;
+}
+
+// Codes around a zero point that is one of them, as `ZeroPoint.clamped`: the code of such rows' encoding.
+enum { KV_CLAMPED = 201 };
+
+KV_DEVICE float kv_clamped_zero(float low, float scale, float levels) {
+  float zero = scale > 0 ? kv_nearest_integer(kv_div(-low, scale)) : 0;
+  zero = zero > 0 ? zero : 0;
+  return zero < levels ? zero : levels;
+}
+
+KV_DEVICE void kv_clamped(const kv_slice &to, float low, float high, uint64_t at, float *scale, float *zero) {
+  const float levels = (float)((1u << to.bits) - 1), range = kv_add(high, -low);
+  kv_store((void *)to.scale, to.dtype, at, kv_saturated(kv_div(range > 1e-5f ? range : 1e-5f, levels), to.dtype));
+  *scale = kv_load((const void *)to.scale, to.dtype, at);
+  *zero = kv_clamped_zero(low, *scale, levels);
+  kv_store((void *)to.min, to.dtype, at, kv_saturated(kv_add(kv_mul(-*scale, *zero), 0.0f), to.dtype));
+}
+
+KV_DEVICE uint32_t kv_clamped_code(float x, float scale, float zero, float levels) {
+  float code = scale > 0 ? kv_add(kv_nearest_integer(kv_div(x, scale)), zero) : zero;
+  code = code > 0 ? code : 0;
+  return (uint32_t)(code < levels ? code : levels);
+}
+
+// `origin`: the least value, or the zero point of clamped codes.
+KV_DEVICE uint32_t kv_channel_code(const kv_slice &to, float x, float scale, float origin, float levels) {
+  return to.code == KV_CLAMPED ? kv_clamped_code(x, scale, origin, levels) : kv_code_of(x, scale, origin, levels);
+}
+
 // Writes the rows of `slices` as dense elements from row `to.first` on.
 KV_KERNEL kv_to_dense(const kv_slice *slices, uint32_t count, kv_slice to) {
   KV_GRID(i, (uint64_t)to.count * to.dim) {
@@ -127,20 +162,24 @@ KV_KERNEL kv_to_channel(const kv_slice *slices, uint32_t count, kv_slice to) {
   const uint32_t words = kv_group_words(to.group, to.bits), plane = to.bits == 3 ? 2 : to.bits, per = 32 / plane;
   KV_GRID(i, (uint64_t)(to.count / to.group) * to.dim) {
     const uint32_t g = (uint32_t)(i / to.dim), c = (uint32_t)(i % to.dim);
-    float low = kv_source(slices, count, g * to.group, c), high = low, scale, min;
+    float low = kv_source(slices, count, g * to.group, c), high = low, scale, origin;
     for (uint32_t r = 1; r < to.group; r++) {
       const float x = kv_source(slices, count, g * to.group + r, c);
       low = x < low ? x : low;
       high = x > high ? x : high;
     }
     const uint64_t group = to.first / to.group + g;
-    kv_affine(to, low, high, group * to.dim + c, &scale, &min);
+    if (to.code == KV_CLAMPED)
+      kv_clamped(to, low, high, group * to.dim + c, &scale, &origin);
+    else
+      kv_affine(to, low, high, group * to.dim + c, &scale, &origin);
     uint32_t *target = (uint32_t *)to.data + group * words * to.dim + c;
     const float levels = (float)((1u << to.bits) - 1);
     for (uint32_t w = 0; w < to.group / per; w++) {
       uint32_t word = 0;
       for (uint32_t k = 0; k < per; k++) {
-        const uint32_t code = kv_code_of(kv_source(slices, count, g * to.group + w * per + k, c), scale, min, levels);
+        const float x = kv_source(slices, count, g * to.group + w * per + k, c);
+        const uint32_t code = kv_channel_code(to, x, scale, origin, levels);
         word |= (code & ((1u << plane) - 1)) << (k * plane);
       }
       target[(uint64_t)w * to.dim] = word;
@@ -148,8 +187,10 @@ KV_KERNEL kv_to_channel(const kv_slice *slices, uint32_t count, kv_slice to) {
     if (to.bits != 3) continue;
     for (uint32_t w = 0; w < to.group / 32; w++) {
       uint32_t word = 0;
-      for (uint32_t k = 0; k < 32; k++)
-        word |= kv_code_of(kv_source(slices, count, g * to.group + w * 32 + k, c), scale, min, levels) >> 2 << k;
+      for (uint32_t k = 0; k < 32; k++) {
+        const float x = kv_source(slices, count, g * to.group + w * 32 + k, c);
+        word |= kv_channel_code(to, x, scale, origin, levels) >> 2 << k;
+      }
       target[(uint64_t)(to.group / 16 + w) * to.dim] = word;
     }
   }
@@ -195,13 +236,6 @@ KV_KERNEL kv_to_row(const kv_slice *slices, uint32_t count, kv_slice to) {
   }
 }
 
-// The nearest integer, ties to even, of any finite value, and a value within what a type holds.
-KV_DEVICE float kv_nearest_integer(float x) { return fabsf(x) >= 16777216.0f ? x : kv_round(x); }
-KV_DEVICE float kv_saturated(float x, uint32_t type) {
-  const float most = type == KV_F16 ? 65504.0f : kv_float(type == KV_BF16 ? 0x7f7f0000u : 0x7f7fffffu);
-  return x > most ? most : x < -most ? -most : x;
-}
-
 // Rows around integer zero points: one thread a group of a row, then one thread a word.
 KV_KERNEL kv_to_zero_numbers(const kv_slice *slices, uint32_t count, kv_slice to, float clip, float steps) {
   const uint32_t groups = (to.dim + to.group - 1) / to.group;
@@ -218,6 +252,11 @@ KV_KERNEL kv_to_zero_numbers(const kv_slice *slices, uint32_t count, kv_slice to
     low = kv_add(low, 0.0f);
     high = kv_add(high, 0.0f);
     const uint64_t at = (uint64_t)to.first * groups + i;
+    if (to.code == KV_CLAMPED) {
+      float scale, zero;
+      kv_clamped(to, low, high, at, &scale, &zero);
+      continue;
+    }
     const float wanted = kv_div(kv_add(kv_mul(high, clip), -kv_mul(low, clip)), steps);
     kv_store((void *)to.scale, to.dtype, at, kv_saturated(wanted, to.dtype));
     const float scale = kv_load((const void *)to.scale, to.dtype, at);
@@ -251,11 +290,13 @@ KV_KERNEL kv_to_zero_row(const kv_slice *slices, uint32_t count, kv_slice to, fl
           low = x < low ? x : low;
         }
         scale = kv_load((const void *)to.scale, to.dtype, (uint64_t)(to.first + r) * groups + group);
-        zero = scale == 0 ? 0 : kv_nearest_integer(kv_div(kv_mul(-kv_add(low, 0.0f), clip), scale));
+        if (to.code == KV_CLAMPED)
+          zero = kv_clamped_zero(low, scale, levels);
+        else
+          zero = scale == 0 ? 0 : kv_nearest_integer(kv_div(kv_mul(-kv_add(low, 0.0f), clip), scale));
       }
-      float code = scale == 0 ? 0 : kv_add(kv_nearest_integer(kv_div(kv_element(s, row, c), scale)), zero);
-      code = code > 0 ? code : 0;
-      const uint32_t held = (uint32_t)(code < levels ? code : levels);
+      // Without a scale all codes are 0; zero points that are codes are 0 then, too.
+      const uint32_t held = kv_clamped_code(kv_element(s, row, c), scale, zero, levels);
       word |= top ? held >> 2 << k : (held & ((1u << plane) - 1)) << (k * plane);
     }
     ((uint32_t *)to.data)[(uint64_t)to.first * words + i] = word;

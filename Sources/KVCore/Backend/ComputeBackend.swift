@@ -9,6 +9,9 @@ public struct Backend: Sendable {
 
   /// Such as `cpu (avx512, 2 threads)`.
   public var name: String { operations.name }
+  /// What factors rows, and where: such as `libcublas.so.12 and libcusolver.so.11, on the card`. Where the libraries of a
+  /// card are not installed, what was looked for.
+  public var linearAlgebra: String { operations.linearAlgebra }
   /// Bytes this backend has allocated for all caches built with it.
   public var memory: MemoryMeter { operations.meter }
 }
@@ -21,6 +24,8 @@ public struct Backend: Sendable {
 package protocol ComputeBackend: AnyObject, Sendable {
   var name: String { get }
   var meter: MemoryMeter { get }
+  /// What factors rows, and where, in words.
+  var linearAlgebra: String { get }
 
   /// Refuses formats that the backend has no kernels for.
   func require(_ format: SideFormat) throws(KVError)
@@ -134,7 +139,9 @@ package protocol ComputeBackend: AnyObject, Sendable {
   func factor(_ matrices: [RowMatrix], ranks: [Int], options: FactorOptions) throws(KVError) -> [Factors]
 
   /// Writes the latents of every row of each projection to its targets.
-  func project(_ projections: [Projection]) -> [ProjectionResult]
+  ///
+  /// - Throws: `outOfMemory`, and the errors of a card.
+  func project(_ projections: [Projection]) throws(KVError) -> [ProjectionResult]
 
   /// Rows from their latents, f32, `dim` floats apart: latents times basis, plus the mean, turned to the positions.
   ///
@@ -208,6 +215,8 @@ extension ComputeBackend {
     preconditionFailure("\(name) does not turn keys")
   }
 
+  package var linearAlgebra: String { "none" }
+
   package var holdsLatents: Bool { false }
 
   package func factor(
@@ -216,7 +225,7 @@ extension ComputeBackend {
     throw KVError(.unsupported, "\(name) does not factor rows")
   }
 
-  package func project(_ projections: [Projection]) -> [ProjectionResult] {
+  package func project(_ projections: [Projection]) throws(KVError) -> [ProjectionResult] {
     preconditionFailure("\(name) holds no latents")
   }
 

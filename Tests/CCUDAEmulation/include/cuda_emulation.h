@@ -11,8 +11,24 @@ extern "C" {
 /* A `ckv_cuda_driver`. */
 const void *cuda_emulation_driver(void);
 
+/* A `ckv_cuda_libraries`: matrix products by their definition, eigenvectors by Jacobi's rotations. */
+const void *cuda_emulation_libraries(void);
+
+/* Makes the call of a function of the libraries ("cublasDsyrk_v2") after `count` further ones give `status`; a negative
+ * count none. */
+void cuda_emulation_fail_library(const char *name, long count, int status);
+
+/* What `info` of the next decompositions will be. */
+void cuda_emulation_set_info(int info);
+
+/* Handles of both libraries that are open now. */
+size_t cuda_emulation_handles(void);
+
 /* Makes the allocation after `count` further ones fail; a negative count never. */
 void cuda_emulation_fail_after(long count);
+
+/* Makes all allocations after `count` further ones fail; a negative count none. */
+void cuda_emulation_exhaust_after(long count);
 
 /* Makes the call of a function of the driver ("launch", "copy", "synchronize") after `count` further ones give an error; a
  * negative count none. The context is lost then: all further calls fail until one is opened anew. */

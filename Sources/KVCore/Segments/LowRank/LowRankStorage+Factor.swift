@@ -71,7 +71,8 @@ extension LowRankStorage {
   private func factor(
     _ windows: [RowSegment], _ counts: [Int], _ rank: Int, isKey: Bool
   ) throws(KVError) -> (basis: LatentBasis, norm: Double) {
-    let scales = format.equalised && layers.count > 1 ? norms(windows, counts, isKey: isKey).map { 1 / $0 } : []
+    let scales =
+      format.equalised && layers.count > 1 ? try norms(windows, counts, isKey: isKey).map { 1 / $0 } : []
     var options = format.factoring
     options.centred = format.centred
     var factors = try backend.factor(
@@ -106,8 +107,9 @@ extension LowRankStorage {
   }
 
   /// Frobenius norm of the rows of each layer; 1 where there is none.
-  private func norms(_ windows: [RowSegment], _ counts: [Int], isKey: Bool) -> [Float] {
-    layers.indices.map { member in
+  private func norms(_ windows: [RowSegment], _ counts: [Int], isKey: Bool) throws(KVError) -> [Float] {
+    var norms: [Float] = []
+    for member in layers.indices {
       var sum = 0.0
       for head in 0..<shape.kvHeads {
         let rows = counts[place(member: member, head: head).unit]
@@ -115,12 +117,13 @@ extension LowRankStorage {
         let columns = RowMatrix.Columns(
           slices: (isKey ? held.keys : held.values).slices(0..<rows), dim: dim(isKey: isKey))
         sum +=
-          backend.project([
+          try backend.project([
             Projection(matrix: RowMatrix(rows: rows, columns: [columns]), encoder: [], mean: [], targets: [])
           ])[0].energy
       }
-      return sum > 0 ? Float(sum.squareRoot()) : 1
+      norms.append(sum > 0 ? Float(sum.squareRoot()) : 1)
     }
+    return norms
   }
 
   /// Writes rows behind those that count and returns where, per store.
@@ -155,7 +158,7 @@ extension LowRankStorage {
           encoder: side.basis?.encoderRows(unit: unit, backend: backend),
           mean: side.basis?.meanRow(unit: unit, backend: backend) ?? [], targets: targets))
     }
-    let results = backend.project(projections)
+    let results = try backend.project(projections)
     // Rows were checked against what they become when they came.
     if side.basis != nil { try check(results, isKey: isKey) }
     return room

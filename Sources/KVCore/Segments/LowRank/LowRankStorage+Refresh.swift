@@ -23,7 +23,7 @@ extension LowRankStorage {
       matrix.leading = weighted(own, old, unit: unit)
       let fresh = try backend.factor([matrix], ranks: [wanted], options: format.factoring)[0]
       factors.append(fresh)
-      turns.append(product(fresh, old.encoderRows(unit: unit, backend: backend), width: width))
+      turns.append(try product(fresh, old.encoderRows(unit: unit, backend: backend), width: width))
     }
     let basis = try LatentBasis.make(
       factors, encoders: nil, type: format.basis, dim: old.dim, headsPerUnit: old.headsPerUnit, backend: backend)
@@ -35,8 +35,10 @@ extension LowRankStorage {
       try result.stores[unit].reserve(rows, backend: backend, into: &targets)
       let latents = RowMatrix(
         rows: rows, columns: [.init(slices: side.stores[unit].slices(0..<rows), dim: old.ranks[unit])])
-      try check(
-        backend.project([Projection(matrix: latents, encoder: turns[unit], mean: [], targets: targets)]), isKey: isKey)
+      let results = try backend.project([
+        Projection(matrix: latents, encoder: turns[unit], mean: [], targets: targets)
+      ])
+      try check(results, isKey: isKey)
       result.stores[unit].commit(targets[...])
     }
     let room = try write(windows, counts, into: &result, isKey: isKey)
@@ -74,26 +76,28 @@ extension LowRankStorage {
   }
 
   /// New basis times old: [new rank][old rank].
-  private func product(_ fresh: Factors, _ old: [Float], width: Int) -> [Float] {
+  private func product(_ fresh: Factors, _ old: [Float], width: Int) throws(KVError) -> [Float] {
     let oldRank = old.count / max(width, 1)
-    var result = [Float](repeating: 0, count: fresh.rank * oldRank)
-    var rows = fresh.basis
-    if rows.isEmpty || result.isEmpty { return result }
-    rows.withUnsafeMutableBytes { source in
-      result.withUnsafeMutableBytes { target in
-        guard let from = source.baseAddress, let to = target.baseAddress else { return }
-        func slice(_ base: UnsafeMutableRawPointer, _ dim: Int) -> RunSlice {
-          RunSlice(
-            run: RowRun(encoding: .dense(.f32), dim: dim, capacity: fresh.rank, base: base), first: 0,
-            count: fresh.rank)
-        }
-        _ = backend.project([
-          Projection(
-            matrix: RowMatrix(rows: fresh.rank, columns: [.init(slices: [slice(from, width)], dim: width)]),
-            encoder: old, mean: [], targets: [slice(to, oldRank)])
-        ])
-      }
+    let count = fresh.rank * oldRank
+    if fresh.basis.isEmpty || count == 0 { return [Float](repeating: 0, count: count) }
+    let rows = UnsafeMutablePointer<Float>.allocate(capacity: fresh.basis.count)
+    let result = UnsafeMutablePointer<Float>.allocate(capacity: count)
+    defer {
+      rows.deallocate()
+      result.deallocate()
     }
-    return result
+    rows.update(from: fresh.basis, count: fresh.basis.count)
+    func slice(_ base: UnsafeMutablePointer<Float>, _ dim: Int) -> RunSlice {
+      RunSlice(
+        run: RowRun(
+          encoding: .dense(.f32), dim: dim, capacity: fresh.rank, base: UnsafeMutableRawPointer(base)), first: 0,
+        count: fresh.rank)
+    }
+    _ = try backend.project([
+      Projection(
+        matrix: RowMatrix(rows: fresh.rank, columns: [.init(slices: [slice(rows, width)], dim: width)]),
+        encoder: old, mean: [], targets: [slice(result, oldRank)])
+    ])
+    return Array(UnsafeBufferPointer(start: result, count: count))
   }
 }
