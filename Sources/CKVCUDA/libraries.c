@@ -51,7 +51,7 @@ static const struct {
 enum { RELEASES = sizeof releases / sizeof *releases };
 
 static ckv_cuda_libraries libraries;
-static char sentence[512];
+static char sentence[1024];
 static const char *missing;
 
 /* The name that a library lacks, or null. */
@@ -88,16 +88,17 @@ static void find_libraries(void) {
     for (size_t i = 0; i < RELEASES; i++) {
       void *blas = dlopen(releases[i].blas, mode);
       void *solver = blas ? dlopen(releases[i].solver, mode) : NULL;
+      /* The loader's own words name the file, or the one that it needs. */
+      const char *said = solver ? NULL : dlerror();
       const char *lacking = solver ? find_functions(blas, solver) : NULL;
       if (solver && !lacking) {
         libraries.names = releases[i].names;
         return;
       }
       if (pass == 1 && used < sizeof sentence) {
-        const char *name = blas && !lacking ? releases[i].solver : releases[i].blas;
-        const int more = snprintf(
-            sentence + used, sizeof sentence - used, "%s%s %s%s", used ? ", " : "", lacking ? releases[i].names : name,
-            lacking ? "lack " : "is not found", lacking ? lacking : "");
+        const char *name = lacking ? releases[i].names : said ? said : releases[i].blas;
+        const int more = snprintf(sentence + used, sizeof sentence - used, "%s%s%s%s", used ? "; " : "", name,
+                                  lacking ? " lack " : "", lacking ? lacking : "");
         if (more > 0) used += (size_t)more;
       }
       if (solver) dlclose(solver);

@@ -98,8 +98,9 @@ extension CPUBackend {
       for i in 0..<rows.count * width { result.energy += Double(x[i]) * Double(x[i]) }
       for i in 0..<rows.count * rank {
         result.kept += Double(latents[i]) * Double(latents[i])
-        // A NaN must not hide.
-        result.largest = abs(latents[i]) <= result.largest ? result.largest : abs(latents[i])
+        // A NaN must not hide behind the numbers after it.
+        let size = latents[i].isNaN ? .infinity : abs(latents[i])
+        result.largest = size > result.largest ? size : result.largest
       }
       var start = 0
       for target in projection.targets {
