@@ -27,5 +27,5 @@
 
 #pragma clang attribute pop
 
-const ckv_kernels ckv_avx2 = V_TABLE("avx2", logits, accumulate);
+const ckv_kernels ckv_avx2 = V_TABLE("avx2", logits, accumulate, NULL);
 #endif

@@ -28,7 +28,7 @@
 
 #pragma clang attribute pop
 
-const ckv_kernels ckv_avx512 = V_TABLE("avx512", logits, accumulate);
-const ckv_kernels ckv_avx512_vnni = V_TABLE("avx512", ckv_logits_vnni, ckv_accumulate_vnni);
-const ckv_kernels ckv_avx512_bf16 = V_TABLE("avx512+bf16", ckv_logits_bf16, ckv_accumulate_bf16);
+const ckv_kernels ckv_avx512 = V_TABLE("avx512", logits, accumulate, NULL);
+const ckv_kernels ckv_avx512_vnni = V_TABLE("avx512", ckv_logits_vnni, ckv_accumulate_vnni, NULL);
+const ckv_kernels ckv_avx512_bf16 = V_TABLE("avx512+bf16", ckv_logits_bf16, ckv_accumulate_bf16, ckv_attend_avx512);
 #endif

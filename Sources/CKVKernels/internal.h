@@ -257,6 +257,10 @@ void ckv_logits_bf16(const ckv_run *run, uint32_t first, uint32_t count, const f
 void ckv_accumulate_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                          float *acc, size_t acc_stride, float *scratch);
 size_t ckv_bf16_scratch_floats(uint32_t dim, uint32_t m);
+bool ckv_attend_avx512(const ckv_run *keys, uint32_t first_key, const ckv_run *values, uint32_t first_value,
+                       uint32_t count, const float *q, uint32_t m, size_t q_stride, float scale, float *maxima,
+                       float *sums, float *acc, size_t acc_stride, float *scratch);
+size_t ckv_attend_scratch_floats(uint32_t dim, uint32_t m);
 #elif defined(__aarch64__)
 extern const ckv_kernels ckv_neon;
 extern const ckv_kernels ckv_neon_dot; /* the same with dot products of bytes; the same name, chosen by the CPU */

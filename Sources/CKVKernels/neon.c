@@ -19,6 +19,6 @@
 #include "lanes_attend.h"
 #include "lanes_table.h"
 
-const ckv_kernels ckv_neon = V_TABLE("neon", logits, accumulate);
-const ckv_kernels ckv_neon_dot = V_TABLE("neon", ckv_logits_dot, accumulate);
+const ckv_kernels ckv_neon = V_TABLE("neon", logits, accumulate, NULL);
+const ckv_kernels ckv_neon_dot = V_TABLE("neon", ckv_logits_dot, accumulate, NULL);
 #endif

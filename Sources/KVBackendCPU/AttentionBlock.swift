@@ -148,6 +148,7 @@ struct RowAttention {
   ) {
     let m = queries.rows
     let visible = visibleRows(work, queries, block)
+    if kept == nil, formed == nil, addAtOnce(work, visible, queries, partial) { return }
     let target = kept.map { $0.base + keptOffset + block.lowerBound } ?? logits
     let stride = kept?.stride ?? logitStride
     if let kept {
@@ -205,6 +206,41 @@ struct RowAttention {
     } else {
       accumulate(work.values, visible, weights: target + offset, stride: stride, rows: m, partial)
     }
+  }
+
+  /// The same by the kernel that does all three steps at once, where the level has it and it takes these rows: rows as
+  /// they are, seen by every query, whose logits nothing is added to.
+  private func addAtOnce(
+    _ work: RowsWork, _ visible: Range<Int>, _ queries: QueryBlock, _ partial: PartialBlock
+  ) -> Bool {
+    guard let attend = kernels.pointee.attend, !visible.isEmpty, softcap <= 0, work.bias == nil, work.sortedFrom == 0,
+      work.factored == nil, latent?.logitShift == nil, tile == nil,
+      rows(work, queries, token: 0).clamped(to: visible) == visible,
+      rows(work, queries, token: queries.tokens - 1).clamped(to: visible) == visible
+    else { return false }
+    /// Calls the kernel for every pair of runs that meets the range; false as soon as one is refused.
+    func forAll(asking: Bool) -> Bool {
+      var done = true
+      forEach(work.keys, visible) { keys, firstKey, count, offset in
+        let start = visible.lowerBound + offset
+        forEach(work.values, start..<start + count) { values, firstValue, count, offset in
+          guard done, keys.map == nil, values.map == nil else {
+            done = false
+            return
+          }
+          withUnsafePointer(to: keys.kernelRun) { keyRun in
+            withUnsafePointer(to: values.kernelRun) { valueRun in
+              done = attend(
+                keyRun, UInt32(firstKey + offset), valueRun, UInt32(firstValue), asking ? 0 : UInt32(count),
+                queries.base, UInt32(queries.rows), keyDim, scale, partial.maxima, partial.sums, partial.accumulators,
+                valueDim, scratch)
+            }
+          }
+        }
+      }
+      return done
+    }
+    return forAll(asking: true) && forAll(asking: false)
   }
 
   /// Turns one line of logits into weights relative to the running maximum of its query row, and merges.

@@ -313,8 +313,118 @@ void check_attention_codes(const ckv_kernels *k) {
   check_subject(k, scaled(CKV_GGML, CKV_Q5_1, 96, 75, 32, CKV_F16));
 }
 
+/* Partials of rows in two parts against a softmax in double. Logits may be off by 2^-7 of the magnitudes they sum, weights
+ * by as much over again, products with values by 2^-7 of themselves. */
+static void check_attend_rows(const ckv_kernels *k, const subject *keys, const subject *values, uint32_t m) {
+  const uint32_t dim = keys->run.dim, wide = values->run.dim, count = keys->run.rows - 1, part = count / 3;
+  const size_t q_stride = dim + 3, stride = wide + wide % 3;
+  const size_t floats = ckv_scratch_floats(dim > wide ? dim : wide, m);
+  rng r = {dim * m + wide};
+  float *q = random_rows(&r, m, dim, q_stride), *scratch = exact(floats * 4), scale = 0.3f / sqrtf((float)dim);
+  float *max = exact(2 * m * 4), *sum = exact(2 * m * 4), *acc = exact(2 * m * stride * 4);
+  double *weights = exact(count * sizeof(double));
+  for (uint32_t turn = 0; turn < 2; turn++) {
+    float *to_max = max + turn * m, *to_sum = sum + turn * m, *to = acc + turn * m * stride;
+    for (uint32_t j = 0; j < m; j++) to_max[j] = -INFINITY, to_sum[j] = 0;
+    for (size_t i = 0; i < m * stride; i++) to[i] = i % stride < wide ? 0 : 0.5f;
+    for (uint32_t from = 0, n = part; from < count; from += n, n = count - from) {
+      memset(scratch, 0xff, floats * 4); /* what scratch held must not matter */
+      /* Values lie one row further on than keys. */
+      const bool done = k->attend(&keys->run, from, &values->run, from + 1, n, q, m, q_stride, scale, to_max, to_sum, to,
+                                  stride, scratch);
+      expect(done, "%s attend refuses dim %u m %u", k->name, dim, m);
+    }
+  }
+  expect(memcmp(acc, acc + m * stride, m * stride * 4) == 0 && memcmp(sum, sum + m, m * 4) == 0 &&
+             memcmp(max, max + m, m * 4) == 0, "%s attend differs from call to call", k->name);
+  for (uint32_t j = 0; j < m; j++) {
+    double most = -INFINITY, total = 0, off = 0;
+    for (uint32_t i = 0; i < count; i++) {
+      double logit = 0, size = 0;
+      for (uint32_t c = 0; c < dim; c++) {
+        const double product = (double)q[j * q_stride + c] * keys->x[(size_t)i * dim + c];
+        logit += product, size += fabs(product);
+      }
+      weights[i] = (double)scale * logit;
+      most = fmax(most, weights[i]);
+      off = fmax(off, (double)scale * size * 0x1.02p-7);
+    }
+    for (uint32_t i = 0; i < count; i++) total += weights[i] = exp(weights[i] - most);
+    expect(fabs((double)max[j] - most) <= off, "%s attend dim %u m %u j %u: largest %g, want %g, bound %g", k->name, dim,
+           m, j, (double)max[j], most, off);
+    expect(fabs((double)max[j] + log((double)sum[j]) - most - log(total)) <= off + 1e-5, "%s attend dim %u m %u j %u: sums",
+           k->name, dim, m, j);
+    for (uint32_t c = 0; c < wide; c++) {
+      double want = 0, size = 0;
+      for (uint32_t i = 0; i < count; i++) {
+        const double product = weights[i] / total * values->x[(size_t)(i + 1) * wide + c];
+        want += product, size += fabs(product);
+      }
+      const double got = (double)acc[j * stride + c] / (double)sum[j], bound = (exp(2 * off) - 1 + 0x1.02p-7) * size;
+      expect(fabs(got - want) <= bound + 1e-6, "%s attend dims %u %u m %u j %u c %u: %g, want %g, bound %g", k->name, dim,
+             wide, m, j, c, got, want, bound);
+    }
+    for (size_t c = wide; c < stride; c++) expect(acc[j * stride + c] == 0.5f, "%s attend wrote past a row", k->name);
+  }
+  free(q);
+  free(scratch);
+  free(max);
+  free(sum);
+  free(acc);
+  free(weights);
+}
+
+/* Logits beyond f32: of one query row alone, and so is what becomes of them. */
+static void check_attend_beyond(const ckv_kernels *k) {
+  enum { M = 32, DIM = 40, ROWS = 70 };
+  subject keys = dense(DIM, ROWS, CKV_BF16), values = dense(DIM, ROWS, CKV_F16);
+  float q[M * DIM], max[M], sum[M], acc[M * DIM], *scratch = exact(ckv_scratch_floats(DIM, M) * 4);
+  for (uint32_t i = 0; i < M * DIM; i++) q[i] = 0.01f, acc[i] = 0;
+  for (uint32_t j = 0; j < M; j++) max[j] = -INFINITY, sum[j] = 0;
+  uint16_t *row = (uint16_t *)keys.data + 5 * keys.run.row_stride;
+  for (uint32_t c = 0; c < DIM; c++) row[c] = 0x7e00; /* 4e37 */
+  for (uint32_t c = 0; c < DIM; c++) q[3 * DIM + c] = 1e3f, q[4 * DIM + c] = -1e3f, q[5 * DIM + c] = NAN;
+  expect(k->attend(&keys.run, 0, &values.run, 0, ROWS, q, M, DIM, 1, max, sum, acc, DIM, scratch), "%s attend", k->name);
+  expect(isnan(sum[3]) && isnan(sum[5]), "%s attend: infinite and NaN logits are not seen", k->name);
+  for (uint32_t j = 0; j < M; j++)
+    expect(j == 3 || j == 5 || (isfinite(sum[j]) && sum[j] >= 1), "%s attend: sum %g of query row %u", k->name,
+           (double)sum[j], j);
+  /* The one row that query row 4 is infinitely far from. */
+  max[4] = -INFINITY, sum[4] = 0;
+  expect(k->attend(&keys.run, 5, &values.run, 5, 1, q, M, DIM, 1, max, sum, acc, DIM, scratch), "%s attend", k->name);
+  expect(sum[4] == 0 && max[4] == -INFINITY, "%s attend: sum %g of hidden rows", k->name, (double)sum[4]);
+  release(&keys);
+  release(&values);
+  free(scratch);
+}
+
+static void check_attend(const ckv_kernels *k) {
+  static const uint32_t some_dims[][2] = {{128, 128}, {1, 7}, {40, 33}, {33, 40}, {64, 16}, {80, 257}, {256, 64}};
+  static const uint32_t some_ms[] = {26, 31, 32, 61, 128};
+  for (uint32_t d = 0; d < sizeof some_dims / sizeof *some_dims; d++)
+    for (uint32_t i = 0; i < sizeof some_ms / sizeof *some_ms; i++) {
+      const uint32_t rows = 67 + 61 * ((d + i) % 4), type = (d + i) % 2 ? CKV_F16 : CKV_BF16;
+      subject keys = dense(some_dims[d][0], rows, type), values = dense(some_dims[d][1], rows, i % 2 ? CKV_F16 : CKV_BF16);
+      if (type == CKV_F16) memset(keys.data, 0, 2), keys.x[0] = 0; /* not the end of f16 */
+      check_attend_rows(k, &keys, &values, some_ms[i]);
+      release(&keys);
+      release(&values);
+    }
+  check_attend_beyond(k);
+  subject exact_rows = dense(16, 9, CKV_F32), rows = dense(16, 9, CKV_F16);
+  const ckv_run *runs[2] = {&rows.run, &exact_rows.run};
+  for (uint32_t m = 1; m < 32; m++)
+    for (uint32_t i = 0; i < 4; i++) {
+      const bool taken = k->attend(runs[i & 1], 0, runs[i >> 1], 0, 0, NULL, m, 16, 1, NULL, NULL, NULL, 16, NULL);
+      expect(taken == (i == 0 && m >= 26), "%s attend: %u query rows, runs %u", k->name, m, i);
+    }
+  release(&exact_rows);
+  release(&rows);
+}
+
 /* What products of bf16 change. */
 void check_attention_bf16(const ckv_kernels *k) {
+  check_attend(k);
   check_subject(k, dense(4095, 41, CKV_BF16));
   check_subject(k, dense(4096, 41, CKV_F16));
   for (uint32_t type = 0; type < 3; type++) {

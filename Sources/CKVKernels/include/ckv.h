@@ -174,6 +174,16 @@ typedef struct {
     void (*accumulate)(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                        float *acc, size_t acc_stride, float *scratch);
 
+    /* logits, softmax and accumulate in one go: adds rows first_key + i with rows first_value + i, i < count, to partials
+     * of m query rows: maxima[j] becomes the largest logit so far (minus infinity: none), sums[j] the sum of
+     * exp(logit - maxima[j]), acc[j*acc_stride + c] that of the same times values, all relative to the new maximum.
+     * Weights may be off by 1e-5 of themselves before they are rounded. Logits beyond f32: as in softmax.
+     * False, and nothing done: not for such runs, or not worth it for that many rows (also to ask, with a count of 0).
+     * Null where a level has no such thing. Scratch as for the greater of both dims. */
+    bool (*attend)(const ckv_run *keys, uint32_t first_key, const ckv_run *values, uint32_t first_value, uint32_t count,
+                   const float *q, uint32_t m, size_t q_stride, float scale, float *maxima, float *sums, float *acc,
+                   size_t acc_stride, float *scratch);
+
     /* In place over one row of n logits:
      *   x = logits[i]; if (softcap > 0) x = softcap * tanhf(x / softcap); if (bias) x += bias[i];
      *   max = maximum of x; logits[i] = exp(x - max); *sum = their sum; return max.
@@ -360,8 +370,8 @@ const ckv_kernels *ckv_best(void);
 /* By name; NULL when not compiled in or not supported by this CPU. */
 const ckv_kernels *ckv_named(const char *name);
 
-/* A level, and this CPU, with products of bf16: logits and accumulate of dense f16 and bf16 rows and many query rows (12
- * at least) round queries, weights and elements of rows to bf16 once. Products and sums are f32; numbers below 2^-126
+/* A level, and this CPU, with products of bf16: attend, logits and accumulate of dense f16 and bf16 rows and many query
+ * rows (12 at least) round queries, weights and elements of rows to bf16 once. Products and sums are f32; numbers below 2^-126
  * count as 0. An output is off by at most 2^-7 + 2^-16 of the sum of the magnitudes of its products, besides the rounding
  * of the sum. Everything else is as in `level`. NULL: there is no such thing. */
 const ckv_kernels *ckv_bf16_products(const ckv_kernels *level);
