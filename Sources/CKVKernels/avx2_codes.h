@@ -50,9 +50,9 @@ CKV_INLINE void v_fold_query(const ckv_run *run, const uint32_t type, uint32_t g
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
     float largest = vf_highest(high[j]);
-    inverse[j] = ckv_fixed_up(largest);
+    inverse[j] = ckv_fixed_up(largest, CKV_FULL_RANGE);
     sum[j] = vi_zero();
-    group->factor[j] = scale * ckv_fixed_down(largest);
+    group->factor[j] = scale * ckv_fixed_down(largest, CKV_FULL_RANGE);
     group->bias[j] = scale * vf_sum(bias[j]);
   }
   for (uint32_t c = 0; c < dim; c += 8) {
@@ -282,8 +282,8 @@ static void v_fold_weights(const v_value_memory *at, float middle, uint32_t n, c
     }
     vf_store(min_sums + g * 8, sum);
     float largest = vf_highest(high);
-    vf inverse = vf_set1(ckv_fixed_up(largest));
-    factors[g] = ckv_fixed_down(largest);
+    vf inverse = vf_set1(ckv_fixed_up(largest, CKV_FULL_RANGE));
+    factors[g] = ckv_fixed_down(largest, CKV_FULL_RANGE);
     vi total = vi_zero();
     for (uint32_t i = 0; i < n; i += 16) {
       vi a = vi_round(vf_load(p + i) * vf_load(scales + i) * inverse);

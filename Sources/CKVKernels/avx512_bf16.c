@@ -1,4 +1,5 @@
-/* logits and accumulate of many query rows over f16 and bf16 rows with products of bf16, for the level "avx512".
+/* logits and accumulate of many query rows over f16 and bf16 rows with products of bf16, for the level "avx512". Rows of
+ * codes go on to the integer kernels, with one digit (avx512_fixed.h).
  *
  * vdpbf16ps multiplies two pairs of bf16 a lane and adds both products to an f32 sum: twice the work of an f32
  * multiply-add. For it queries, weights and elements of rows are rounded to bf16 once (rows of bf16 are so already);
@@ -63,7 +64,7 @@ CKV_INLINE void logits_of(const ckv_run *run, const uint32_t type, uint32_t firs
 void ckv_logits_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch) {
   if (run->kind != CKV_DENSE || run->dtype == CKV_F32 || m < CKV_MANY_QUERIES)
-    ckv_logits_vnni(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+    ckv_logits_vnni_digit(run, first, count, q, m, q_stride, scale, out, ld, scratch);
   else if (run->dtype == CKV_F16)
     logits_of(run, CKV_F16, first, count, q, m, q_stride, scale, out, ld, scratch);
   else logits_of(run, CKV_BF16, first, count, q, m, q_stride, scale, out, ld, scratch);
@@ -107,7 +108,7 @@ CKV_INLINE void accumulate_of(const ckv_run *run, const uint32_t type, uint32_t 
 void ckv_accumulate_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                          float *acc, size_t acc_stride, float *scratch) {
   if (run->kind != CKV_DENSE || run->dtype == CKV_F32 || m < CKV_MANY_QUERIES)
-    ckv_accumulate_vnni(run, first, count, p, m, ld, acc, acc_stride, scratch);
+    ckv_accumulate_vnni_digit(run, first, count, p, m, ld, acc, acc_stride, scratch);
   else if (run->dtype == CKV_F16)
     accumulate_of(run, CKV_F16, first, count, p, m, ld, acc, acc_stride, scratch);
   else accumulate_of(run, CKV_BF16, first, count, p, m, ld, acc, acc_stride, scratch);

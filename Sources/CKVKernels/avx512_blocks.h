@@ -1,7 +1,7 @@
 /* How rows of codes lie in memory that are multiplied as integers (affine rows, scaled integers, ggml's blocks), part
  * of the files that do it with VNNI. A block is 32 channels. */
 
-enum { QUERIES = 4, BLOCK = 32, AHEAD = 8192 };
+enum { BLOCK = 32, AHEAD = 8192 };
 
 /* How the codes of a block are stored: a byte each; nibbles, of channels i and i + 16 or of neighbours; nibbles and a
  * fifth bit; nibbles that stand for the values of a table; two bits each, four neighbours a byte; the same and a third
@@ -38,8 +38,8 @@ CKV_INLINE b_form form_of(const ckv_run *run) {
 }
 
 /* Whether the integer kernels take a run. Scales must not change inside a block. */
-static bool fits(const ckv_run *run, uint32_t m) {
-  if (run->dim % BLOCK || m >= CKV_MANY_QUERIES) return false;
+static bool fits(const ckv_run *run) {
+  if (run->dim % BLOCK) return false;
   if (run->kind == CKV_GGML) return true;
   if (run->kind == CKV_AFFINE_ROW || run->kind == CKV_SCALED_ROW)
     if (run->group % BLOCK && run->group < run->dim) return false;

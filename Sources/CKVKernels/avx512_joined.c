@@ -150,7 +150,7 @@ static void load_channels(const ckv_run *run, const uint8_t *p, size_t step, uin
 
 /* Heads whose channels are one part of a block each, and no number per channel. */
 static bool joins(const ckv_run *run, const ckv_map *map, uint32_t dim) {
-  if (run->kind != CKV_AFFINE_ROW || !fits(run, 1) || !map || map->sign || map->factor || map->offset) return false;
+  if (run->kind != CKV_AFFINE_ROW || !fits(run) || !map || map->sign || map->factor || map->offset) return false;
   return map->block % BLOCK == 0 && map->block % dim == 0;
 }
 

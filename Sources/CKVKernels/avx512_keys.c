@@ -1,8 +1,9 @@
 /* logits over CKV_AFFINE_CHANNEL with VNNI, for the level "avx512".
  *
  * dot(q, row) = sum_c (q_c scale_c) code_c + sum_c q_c min_c. The second sum is one number for a group. For the first
- * the folded query q_c scale_c is held in 16-bit fixed point, relative to its largest element, as two signed bytes;
- * the sums of bytes times codes are exact integers. The error is that of rounding the folded query once (ckv.h).
+ * the folded query q_c scale_c is held in fixed point, relative to its largest element, as two signed bytes or, with
+ * products of eight bits, one; the sums of bytes times codes are exact integers. The error is that of rounding the folded
+ * query once (ckv.h).
  *
  * A block is 32 rows: codes are rearranged so that a vector holds four channels (a quad) of 16 rows, and vpdpbusd
  * multiplies them by the same four bytes of the folded query and adds them up. A sum of a lane is the sum of a row:
@@ -21,15 +22,15 @@
 
 #include "avx512_fixed.h"
 
-enum { BLOCK = 32, QUERIES = 4, PLANES = 2, DIGITS = QUERIES * PLANES * 4 /* dwords for 16 channels */ };
+enum { BLOCK = 32, DWORDS = COLUMNS * 4 /* of digits for 16 channels */ };
 
 /* How far ahead codes and metadata are asked for, in bytes. */
 enum { AHEAD = 8192, META_AHEAD = 1024 };
 
 /* The query rows of a block folded with the scale and min of one group. */
 typedef struct {
-  int32_t *digits; /* [16 channels][pair of query rows][quad][query row][plane] */
-  float inverse[QUERIES], factor[QUERIES], bias[QUERIES];
+  int32_t *digits; /* [16 channels][four columns][quad][column] */
+  float inverse[COLUMNS], factor[COLUMNS], bias[COLUMNS];
 } folded;
 
 /* Within 128 bits: byte k of dword d goes to byte d of dword k. */
@@ -40,8 +41,8 @@ CKV_INLINE __m512i transpose_bytes(__m512i x) {
 
 /* Bias and the largest product of n <= 16 channels from c on. */
 CKV_INLINE void range_step(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, uint32_t c,
-                           const uint32_t n, const float *q, const uint32_t nq, size_t q_stride, vf bias[QUERIES],
-                           vf high[QUERIES]) {
+                           const uint32_t n, const float *q, const uint32_t nq, size_t q_stride, vf bias[COLUMNS],
+                           vf high[COLUMNS]) {
   const char *s_at = ckv_offset(run->scale, type, (size_t)g * run->dim + c);
   const char *mn_at = ckv_offset(run->min, type, (size_t)g * run->dim + c);
   __builtin_prefetch(s_at + META_AHEAD);
@@ -58,52 +59,51 @@ CKV_INLINE void range_step(const ckv_run *run, const uint32_t bits, const uint32
 
 /* First half of folding: what follows from the largest product. Apart from the second half because that waits for
  * reductions and a division, which other work can hide. */
-CKV_INLINE void find_range(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, const float *q,
-                           const uint32_t nq, size_t q_stride, float scale, folded *f) {
-  vf bias[QUERIES], high[QUERIES];
+CKV_INLINE void find_range(const ckv_run *run, const uint32_t bits, const uint32_t digits, const uint32_t type,
+                           uint32_t g, const float *q, const uint32_t nq, size_t q_stride, float scale, folded *f) {
+  vf bias[COLUMNS], high[COLUMNS];
   CKV_UNROLL
-  for (uint32_t j = 0; j < QUERIES; j++) bias[j] = high[j] = vf_zero();
+  for (uint32_t j = 0; j < COLUMNS; j++) bias[j] = high[j] = vf_zero();
   uint32_t c = 0;
   for (; c + 16 <= run->dim; c += 16) range_step(run, bits, type, g, c, 16, q, nq, q_stride, bias, high);
   if (c < run->dim) range_step(run, bits, type, g, c, run->dim - c, q, nq, q_stride, bias, high);
-  float largest[4], sum[4], inverse[4], factor[4];
-  vf_max4(high[0], high[1], high[2], high[3], largest);
-  vf_sum4(bias[0], bias[1], bias[2], bias[3], sum);
-  __m128 x = _mm_loadu_ps(largest), vanishes = _mm_cmplt_ps(x, _mm_set1_ps(1e-30f)); /* no inverse could scale it */
-  _mm_storeu_ps(inverse, _mm_andnot_ps(vanishes, _mm_div_ps(_mm_set1_ps(CKV_FULL_RANGE), x)));
-  _mm_storeu_ps(factor, _mm_andnot_ps(vanishes, _mm_mul_ps(x, _mm_set1_ps(1 / CKV_FULL_RANGE))));
+  float largest[COLUMNS], sum[COLUMNS], down[COLUMNS];
+  CKV_UNROLL
+  for (uint32_t j = 0; j < nq; j += 4) {
+    vf_max4(high[j], high[j + 1], high[j + 2], high[j + 3], largest + j);
+    vf_sum4(bias[j], bias[j + 1], bias[j + 2], bias[j + 3], sum + j);
+  }
+  v_fixed_scales(largest, nq, digits, f->inverse, down);
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) {
-    f->inverse[j] = inverse[j];
-    f->factor[j] = scale * factor[j];
+    f->factor[j] = scale * down[j];
     f->bias[j] = scale * sum[j];
   }
 }
 
-CKV_INLINE void digits_step(const ckv_run *run, const uint32_t type, uint32_t g, uint32_t c, const uint32_t n,
-                            const float *q, const uint32_t nq, size_t q_stride, const folded *f, __m512i sum[2]) {
+CKV_INLINE void digits_step(const ckv_run *run, const uint32_t digits, const uint32_t type, uint32_t g, uint32_t c,
+                            const uint32_t n, const float *q, const uint32_t nq, size_t q_stride, const folded *f,
+                            __m512i sum[2]) {
   const vf s = vf_load_as_n(ckv_offset(run->scale, type, (size_t)g * run->dim + c), type, n);
+  vf x[COLUMNS], up[COLUMNS];
   CKV_UNROLL
-  for (uint32_t j = 0; j < nq; j += 2) {
-    const float *y = q + j * q_stride + c, *z = j + 1 < nq ? y + q_stride : y;
-    vf a = v_fixed((n == 16 ? vf_load(y) : vf_load_n(y, n)) * s, vf_set1(f->inverse[j])), b = a;
-    if (j + 1 < nq) b = v_fixed((n == 16 ? vf_load(z) : vf_load_n(z, n)) * s, vf_set1(f->inverse[j + 1]));
-    __m512i digits = v_digits(a, b);
-    sum[j / 2] = v_add_digits(sum[j / 2], digits);
-    _mm512_storeu_si512(f->digits + c * DIGITS / 16 + 8 * j, digits);
+  for (uint32_t j = 0; j < nq; j++) {
+    const float *y = q + j * q_stride + c;
+    x[j] = (n == 16 ? vf_load(y) : vf_load_n(y, n)) * s;
+    up[j] = vf_set1(f->inverse[j]);
   }
+  v_columns(x, up, nq, digits, f->digits + c / 16 * DWORDS, sum);
 }
 
 /* Second half: the products in fixed point, as signed digits. */
-CKV_INLINE void fold_digits(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t g, const float *q,
-                            const uint32_t nq, size_t q_stride, folded *f) {
+CKV_INLINE void fold_digits(const ckv_run *run, const uint32_t bits, const uint32_t digits, const uint32_t type,
+                            uint32_t g, const float *q, const uint32_t nq, size_t q_stride, folded *f) {
   __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   uint32_t c = 0;
-  for (; c + 16 <= run->dim; c += 16) digits_step(run, type, g, c, 16, q, nq, q_stride, f, sum);
-  if (c < run->dim) digits_step(run, type, g, c, run->dim - c, q, nq, q_stride, f, sum);
-  float totals[QUERIES];
-  v_digit_totals(sum[0], totals);
-  if (nq > 2) v_digit_totals(sum[1], totals + 2);
+  for (; c + 16 <= run->dim; c += 16) digits_step(run, digits, type, g, c, 16, q, nq, q_stride, f, sum);
+  if (c < run->dim) digits_step(run, digits, type, g, c, run->dim - c, q, nq, q_stride, f, sum);
+  float totals[COLUMNS];
+  v_column_totals(sum, nq, digits, totals);
   CKV_UNROLL
   for (uint32_t j = 0; j < nq; j++) f->bias[j] -= f->factor[j] * (ckv_middle(bits) * totals[j]);
 }
@@ -222,24 +222,24 @@ CKV_INLINE void load_quads(const uint32_t *words, const uint32_t *top, uint32_t 
 }
 
 typedef struct {
-  __m512i of[2][QUERIES][PLANES][4]; /* [half][query row][plane], and parts of a sum */
+  __m512i of[2][COLUMNS][4]; /* [half][column], and parts of a sum */
 } block_sums;
 
-/* With few query rows each sum is split, for the instructions not to wait for each other. */
-CKV_INLINE uint32_t split_of(uint32_t nq) { return nq == 1 ? 4 : nq == 2 ? 2 : 1; }
+/* With few columns each sum is split, for the instructions not to wait for each other. */
+CKV_INLINE uint32_t split_of(uint32_t columns) { return columns <= 2 ? 4 : columns <= 4 ? 2 : 1; }
 
 CKV_INLINE void add_channels(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t n,
-                             const uint32_t bits, const int32_t *digits, const uint32_t nq, block_sums *sum) {
+                             const uint32_t bits, const int32_t *digits, const uint32_t columns, block_sums *sum) {
   __m512i quads[2][4];
   load_quads(words, top, dim, n, bits, quads);
   CKV_UNROLL
   for (uint32_t i = 0; i < 4; i++)
     CKV_UNROLL
-    for (uint32_t t = 0; t < nq * PLANES; t++) {
+    for (uint32_t t = 0; t < columns; t++) {
       __m512i y = _mm512_set1_epi32(digits[t / 4 * 16 + 4 * i + t % 4]);
       CKV_UNROLL
       for (uint32_t h = 0; h < 2; h++) {
-        __m512i *to = &sum->of[h][t / PLANES][t % PLANES][i % split_of(nq)];
+        __m512i *to = &sum->of[h][t][i % split_of(columns)];
         *to = _mm512_dpbusd_epi32(*to, quads[h][i], y);
       }
     }
@@ -247,25 +247,28 @@ CKV_INLINE void add_channels(const uint32_t *words, const uint32_t *top, uint32_
 
 /* The sums of rows: out[half][j]. */
 CKV_INLINE void half_blocks(const uint32_t *words, const uint32_t *top, uint32_t dim, const uint32_t bits,
-                            const int32_t *digits, const uint32_t nq, vf out[2][QUERIES]) {
+                            const uint32_t digits, const int32_t *columns, const uint32_t nq, vf out[2][COLUMNS]) {
+  const uint32_t count = nq * digits, split = split_of(count);
   block_sums sum;
   CKV_UNROLL
-  for (uint32_t t = 0; t < 2 * nq * PLANES; t++)
+  for (uint32_t t = 0; t < 2 * count; t++)
     CKV_UNROLL
-    for (uint32_t i = 0; i < split_of(nq); i++)
-      sum.of[t % 2][t / 2 / PLANES][t / 2 % PLANES][i] = _mm512_setzero_si512();
+    for (uint32_t i = 0; i < split; i++) sum.of[t % 2][t / 2][i] = _mm512_setzero_si512();
   uint32_t c = 0;
-  for (; c + 16 <= dim; c += 16, digits += DIGITS) add_channels(words + c, top + c, dim, 16, bits, digits, nq, &sum);
-  if (c < dim) add_channels(words + c, top + c, dim, dim - c, bits, digits, nq, &sum);
+  for (; c + 16 <= dim; c += 16, columns += DWORDS)
+    add_channels(words + c, top + c, dim, 16, bits, columns, count, &sum);
+  if (c < dim) add_channels(words + c, top + c, dim, dim - c, bits, columns, count, &sum);
   CKV_UNROLL
   for (uint32_t t = 0; t < 2 * nq; t++) {
-    __m512i(*s)[4] = sum.of[t % 2][t / 2];
+    __m512i all[2];
     CKV_UNROLL
-    for (uint32_t i = 1; i < split_of(nq); i++) {
-      s[0][0] = _mm512_add_epi32(s[0][0], s[0][i]);
-      s[1][0] = _mm512_add_epi32(s[1][0], s[1][i]);
+    for (uint32_t d = 0; d < digits; d++) {
+      __m512i *parts = sum.of[t % 2][t / 2 * digits + d];
+      all[d] = parts[0];
+      CKV_UNROLL
+      for (uint32_t i = 1; i < split; i++) all[d] = _mm512_add_epi32(all[d], parts[i]);
     }
-    out[t % 2][t / 2] = vf_fma(_mm512_cvtepi32_ps(s[1][0]), vf_set1(256), _mm512_cvtepi32_ps(s[0][0]));
+    out[t % 2][t / 2] = v_joined(all, digits);
   }
 }
 
@@ -284,8 +287,9 @@ static const uint8_t places[4][2][16] = {
 };
 
 /* Rows [begin, end) of block `block` of group g to out, whose first element is row `begin`. */
-CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g, uint32_t block, uint32_t begin,
-                             uint32_t end, const folded *f, const uint32_t nq, float *out, size_t ld) {
+CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, const uint32_t digits, uint32_t g,
+                             uint32_t block, uint32_t begin, uint32_t end, const folded *f, const uint32_t nq,
+                             float *out, size_t ld) {
   const uint32_t *words = ckv_group_codes(run, g), *top = words, dim = run->dim;
   if (bits == 3) {
     top += (size_t)(run->group / 16 + block) * dim;
@@ -293,8 +297,8 @@ CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g
   } else {
     words += (size_t)block * bits * dim;
   }
-  vf sums[2][QUERIES];
-  half_blocks(words, top, dim, bits, f->digits, nq, sums);
+  vf sums[2][COLUMNS];
+  half_blocks(words, top, dim, bits, digits, f->digits, nq, sums);
   const uint8_t(*place)[16] = places[bits - 2 < 3 ? bits - 2 : 3];
   const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)place[0]));
   const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)place[1]));
@@ -321,72 +325,78 @@ CKV_INLINE void block_logits(const ckv_run *run, const uint32_t bits, uint32_t g
 }
 
 /* Rows [first, first + count) for nq query rows. While the blocks of one group run, the next is half folded. */
-CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t first,
-                               uint32_t count, const float *q, const uint32_t nq, size_t q_stride, float scale,
-                               float *out, size_t ld, float *scratch) {
+CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, const uint32_t digits, const uint32_t type,
+                               uint32_t first, uint32_t count, const float *q, const uint32_t nq, size_t q_stride,
+                               float scale, float *out, size_t ld, float *scratch) {
   const uint32_t end = first + count;
   folded f[2];
   f[0].digits = f[1].digits = (int32_t *)scratch;
   uint32_t g = first / run->group, turn = 0;
-  find_range(run, bits, type, g, q, nq, q_stride, scale, &f[0]);
+  find_range(run, bits, digits, type, g, q, nq, q_stride, scale, &f[0]);
   for (uint32_t row = first; row < end; g++, turn ^= 1) {
     uint32_t stop = ckv_min_u32(end, (g + 1) * run->group);
-    fold_digits(run, bits, type, g, q, nq, q_stride, &f[turn]);
-    if (stop < end) find_range(run, bits, type, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
+    fold_digits(run, bits, digits, type, g, q, nq, q_stride, &f[turn]);
+    if (stop < end) find_range(run, bits, digits, type, g + 1, q, nq, q_stride, scale, &f[turn ^ 1]);
     while (row < stop) {
       uint32_t in_group = row - g * run->group, block = in_group / BLOCK, begin = in_group % BLOCK;
       uint32_t n = ckv_min_u32(stop - row, BLOCK - begin);
-      block_logits(run, bits, g, block, begin, begin + n, &f[turn], nq, out + (row - first), ld);
+      block_logits(run, bits, digits, g, block, begin, begin + n, &f[turn], nq, out + (row - first), ld);
       row += n;
     }
   }
 }
 
-/* All m query rows, four at a time and the rest, over parts of the rows that stay in the cache meanwhile. */
-CKV_INLINE void channel_logits_all(const ckv_run *run, const uint32_t bits, const uint32_t type, uint32_t first,
-                                   uint32_t count, const float *q, uint32_t m, size_t q_stride, float scale,
-                                   float *out, size_t ld, float *scratch) {
-  const uint32_t part = m <= QUERIES ? count : 256;
+/* All m query rows, eight columns at a time and the rest, over parts of the rows that stay in the cache meanwhile. */
+CKV_INLINE void channel_logits_all(const ckv_run *run, const uint32_t bits, const uint32_t digits, const uint32_t type,
+                                   uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
+                                   float scale, float *out, size_t ld, float *scratch) {
+  const uint32_t part = m <= v_rows_together(digits) ? count : 256;
   for (uint32_t i = 0, n; i < count; i += n) {
     n = ckv_min_u32(part, count - i);
-    for (uint32_t j = 0; j < m; j += QUERIES) {
+    for (uint32_t j = 0, nq; j < m; j += nq) {
+      nq = digits == 1 && m - j >= 8 ? 8 : ckv_min_u32(4, m - j);
       const float *y = q + j * q_stride;
       float *to = out + j * ld + i;
-      switch (ckv_min_u32(QUERIES, m - j)) {
-        case 1: channel_logits(run, bits, type, first + i, n, y, 1, q_stride, scale, to, ld, scratch); break;
-        case 2: channel_logits(run, bits, type, first + i, n, y, 2, q_stride, scale, to, ld, scratch); break;
-        case 3: channel_logits(run, bits, type, first + i, n, y, 3, q_stride, scale, to, ld, scratch); break;
-        default: channel_logits(run, bits, type, first + i, n, y, 4, q_stride, scale, to, ld, scratch); break;
+#define CKV_CALL(nq) channel_logits(run, bits, digits, type, first + i, n, y, nq, q_stride, scale, to, ld, scratch)
+      switch (nq) {
+        case 1: CKV_CALL(1); break;
+        case 2: CKV_CALL(2); break;
+        case 3: CKV_CALL(3); break;
+        case 4: CKV_CALL(4); break;
+        default: CKV_CALL(digits == 1 ? 8 : 4); break;
       }
+#undef CKV_CALL
     }
   }
 }
 
-#define CKV_BITS(bits)                                                                                               \
-  static __attribute__((noinline)) void logits_##bits(const ckv_run *run, uint32_t first, uint32_t count,            \
-                                                      const float *q, uint32_t m, size_t q_stride, float scale,      \
-                                                      float *out, size_t ld, float *scratch) {                       \
+#define CKV_BITS(bits, digits)                                                                                       \
+  static __attribute__((noinline)) void logits_##bits##_##digits(                                                    \
+      const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride, float scale,  \
+      float *out, size_t ld, float *scratch) {                                                                       \
     if (run->dtype == CKV_F16)                                                                                       \
-      channel_logits_all(run, bits, CKV_F16, first, count, q, m, q_stride, scale, out, ld, scratch);                 \
+      channel_logits_all(run, bits, digits, CKV_F16, first, count, q, m, q_stride, scale, out, ld, scratch);         \
     else                                                                                                             \
-      channel_logits_all(run, bits, run->dtype, first, count, q, m, q_stride, scale, out, ld, scratch);              \
+      channel_logits_all(run, bits, digits, run->dtype, first, count, q, m, q_stride, scale, out, ld, scratch);      \
   }
-CKV_BITS(2)
-CKV_BITS(3)
-CKV_BITS(4)
-CKV_BITS(8)
-#undef CKV_BITS
+#define CKV_ALL_BITS(digits) CKV_BITS(2, digits) CKV_BITS(3, digits) CKV_BITS(4, digits) CKV_BITS(8, digits)
+CKV_ALL_BITS(1)
+CKV_ALL_BITS(2)
 
-void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
-                     float scale, float *out, size_t ld, float *scratch) {
-  if (ckv_blocks_logits(run, first, count, q, m, q_stride, scale, out, ld, scratch)) return;
-  if (run->kind != CKV_AFFINE_CHANNEL) ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (count == 0 || m == 0) return;
-  else if (run->bits == 2) logits_2(run, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 3) logits_3(run, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else if (run->bits == 4) logits_4(run, first, count, q, m, q_stride, scale, out, ld, scratch);
-  else logits_8(run, first, count, q, m, q_stride, scale, out, ld, scratch);
-}
+#define CKV_LOGITS(name, digits)                                                                                     \
+  void name(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,         \
+            float scale, float *out, size_t ld, float *scratch) {                                                    \
+    if (ckv_blocks_logits(run, digits, first, count, q, m, q_stride, scale, out, ld, scratch)) return;               \
+    if (run->kind != CKV_AFFINE_CHANNEL)                                                                             \
+      ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);                                 \
+    else if (count == 0 || m == 0) return;                                                                           \
+    else if (run->bits == 2) logits_2_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);          \
+    else if (run->bits == 3) logits_3_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);          \
+    else if (run->bits == 4) logits_4_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);          \
+    else logits_8_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);                              \
+  }
+CKV_LOGITS(ckv_logits_vnni, 2)
+CKV_LOGITS(ckv_logits_vnni_digit, 1)
 
 #pragma clang attribute pop
 #endif

@@ -183,12 +183,18 @@ CKV_INLINE void ckv_pack_row(uint8_t *codes, uint32_t n, uint32_t bits, uint32_t
 
 /* ---- queries and weights as integers ------------------------------------------------------------------------------ */
 
-/* The largest magnitude in 16-bit fixed point: of two signed digits of base 256, less what a carry needs. */
+/* The largest magnitude in fixed point: of two signed digits of base 256, less what a carry needs; of one. */
 #define CKV_FULL_RANGE 32639.0f
+#define CKV_BYTE_RANGE 127.0f
 
-/* What scales numbers up to `largest` to fixed point, and the way back; 0 where no inverse could scale them. */
-CKV_INLINE float ckv_fixed_up(float largest) { return largest < 1e-30f ? 0 : CKV_FULL_RANGE / largest; }
-CKV_INLINE float ckv_fixed_down(float largest) { return largest < 1e-30f ? 0 : largest * (1 / CKV_FULL_RANGE); }
+/* Below this no inverse could scale a number to fixed point. */
+#define CKV_VANISHES 1e-30f
+
+/* What scales numbers up to `largest` to fixed point, and the way back; 0 where they vanish, NaN back from infinity. */
+CKV_INLINE float ckv_fixed_up(float largest, float range) { return largest < CKV_VANISHES ? 0 : range / largest; }
+CKV_INLINE float ckv_fixed_down(float largest, float range) {
+  return largest < CKV_VANISHES ? 0 : largest * (1 / range) + (largest - largest);
+}
 
 /* The middle of the codes. Rounding errors of queries and weights meet code - middle, half as large as codes: the
  * rest, middle times the sum of what was rounded, is added exactly. */
@@ -238,18 +244,23 @@ extern const ckv_kernels ckv_portable;
 extern const ckv_kernels ckv_avx2;
 extern const ckv_kernels ckv_avx512;      /* F, BW, VL, DQ */
 extern const ckv_kernels ckv_avx512_vnni; /* the same with VNNI; the same name, chosen by the CPU */
-/* Its logits and accumulate: affine keys and values by integer products. */
+/* Its logits and accumulate: rows of codes by integer products. */
 void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
                      float scale, float *out, size_t ld, float *scratch);
 void ckv_accumulate_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m, size_t ld,
                          float *acc, size_t acc_stride, float *scratch);
+/* The same with queries and weights of one digit. */
+void ckv_logits_vnni_digit(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
+                           size_t q_stride, float scale, float *out, size_t ld, float *scratch);
+void ckv_accumulate_vnni_digit(const ckv_run *run, uint32_t first, uint32_t count, const float *p, uint32_t m,
+                               size_t ld, float *acc, size_t acc_stride, float *scratch);
 size_t ckv_sums_scratch_floats(uint32_t dim);
 size_t ckv_avx2_scratch_floats(uint32_t dim);
 bool ckv_joined_avx512(const ckv_run *run, const ckv_map *map, uint32_t first, uint32_t count,
                        const ckv_joined_head *heads, uint32_t n_heads, uint32_t dim, uint32_t m, size_t q_stride,
                        float scale, size_t ld, const ckv_turns *turns, uint32_t offset, float *scratch);
-/* Logits of rows of codes; false: not for this run. */
-bool ckv_blocks_logits(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
+/* Logits of rows of codes, of queries of one or two digits; false: not for this run. */
+bool ckv_blocks_logits(const ckv_run *run, uint32_t digits, uint32_t first, uint32_t count, const float *q, uint32_t m,
                        size_t q_stride, float scale, float *out, size_t ld, float *scratch);
 extern const ckv_kernels ckv_avx512_bf16; /* VNNI, and products of bf16: see ckv_bf16_products */
 void ckv_logits_bf16(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,

@@ -60,8 +60,8 @@ CKV_INLINE void fold(const ckv_run *run, uint32_t g, const float *q, uint32_t j,
     most = vf_max(vf_abs(y * s), most);
   }
   const float largest = vf_highest(most);
-  const vf up = vf_set1(ckv_fixed_up(largest));
-  to->factor[j] = scale * ckv_fixed_down(largest);
+  const vf up = vf_set1(ckv_fixed_up(largest, CKV_FULL_RANGE));
+  to->factor[j] = scale * ckv_fixed_down(largest, CKV_FULL_RANGE);
   to->bias[j] = scale * vf_sum(bias);
   int8_t *low = to->low + j * to->stride, *high = to->high + j * to->stride;
   for (uint32_t c = 0; c < to->stride; c += 4) {
@@ -263,8 +263,8 @@ static void row_logits_of(const ckv_run *run, uint32_t first, uint32_t count, co
       const float *y = q + (j + k) * q_stride;
       float largest = 0;
       for (uint32_t c = 0; c < dim; c++) largest = fmaxf(largest, fabsf(y[c]));
-      const vf up = vf_set1(ckv_fixed_up(largest));
-      d.factor[k] = scale * ckv_fixed_down(largest);
+      const vf up = vf_set1(ckv_fixed_up(largest, CKV_FULL_RANGE));
+      d.factor[k] = scale * ckv_fixed_down(largest, CKV_FULL_RANGE);
       for (uint32_t b = 0; b < blocks; b++) {
         vf sum = vf_zero();
         for (uint32_t c = b * BLOCK; c < (b + 1) * BLOCK; c += 4) {

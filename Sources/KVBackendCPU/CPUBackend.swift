@@ -11,12 +11,25 @@ internal import Synchronization
   internal import Darwin
 #endif
 
-/// What the CPU backend multiplies when many query rows meet rows of f16 or bf16.
+/// How finely the CPU backend multiplies queries with keys and weights with values.
 public enum AttentionProducts: String, Sendable, Hashable, CaseIterable {
-  /// Exact rows, f32 products.
+  /// Exact rows and f32 products. Where rows are codes, queries and weights may be 16-bit fixed point: off by at most
+  /// 2^-16 of the largest of them for each.
   case f32
-  /// Queries, weights and rows rounded to bf16 (rows of bf16 are so already), as matrix units of other processors do; sums
-  /// are f32. Twice the work a second, for an output that is off by at most 2^-7 of the magnitudes it sums.
+  /// Eight significant bits, in about half the time for many query rows, for an output that is off by a few tenths of a
+  /// percent. Sums are as exact as before.
+  ///
+  /// - Rows of f16 and bf16 that meet twelve query rows of a KV head at least (prefill, drafts, window scores, several
+  ///   heads over the same latents): queries, weights and rows are rounded to bf16, as matrix units of other processors
+  ///   do. A sum is off by at most 2^-7 of the magnitudes it adds up.
+  /// - Rows of codes, any number of query rows: queries and weights are rounded to 8-bit fixed point, and each meets its
+  ///   code in one product of bytes. An element, times the scale of its channel (keys with scales of channels) or of its
+  ///   row (values), is off by at most 1/254 of the largest of its query row, or of at most 128 weights; a sum by that
+  ///   for each of its terms, times the code counted from the middle of the codes. Minima and the middles of codes are
+  ///   added in f32, whatever was rounded.
+  ///
+  /// This allows fewer bits and promises none: kernels without such a form (rows of f32 and FP8, head sizes that do not
+  /// consist of whole groups) stay exact.
   case bf16
 }
 
@@ -28,8 +41,8 @@ extension Backend {
   ///     does not depend on it, to the bit.
   ///   - level: `portable`, `avx2`, `avx512` or `neon`; nil: the best this CPU has, or the environment variable
   ///     `KV_CPU_LEVEL`. Between levels results differ by rounding; codes and metadata never differ.
-  ///   - products: `bf16` needs a CPU with AVX-512 BF16, and changes attention of twelve query rows of a KV head at
-  ///     least: prefill, drafts, window scores, several heads over the same latents.
+  ///   - products: `bf16` needs a CPU with AVX-512 BF16 and VNNI. It rounds queries and weights to eight bits where that
+  ///     is quicker (``AttentionProducts/bf16``).
   /// - Throws: `unavailable` for a level or products this CPU or build does not have, `invalidOption` for a thread count
   ///   below 1.
   public static func cpu(

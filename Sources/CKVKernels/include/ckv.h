@@ -370,10 +370,13 @@ const ckv_kernels *ckv_best(void);
 /* By name; NULL when not compiled in or not supported by this CPU. */
 const ckv_kernels *ckv_named(const char *name);
 
-/* A level, and this CPU, with products of bf16: attend, logits and accumulate of dense f16 and bf16 rows and many query
- * rows (12 at least) round queries, weights and elements of rows to bf16 once. Products and sums are f32; numbers below 2^-126
- * count as 0. An output is off by at most 2^-7 + 2^-16 of the sum of the magnitudes of its products, besides the rounding
- * of the sum. Everything else is as in `level`. NULL: there is no such thing. */
+/* A level, and this CPU, with products of eight significant bits. attend, logits and accumulate
+ *   of dense f16 and bf16 rows and many query rows (12 at least) round queries, weights and elements of rows to bf16 once.
+ *     Products and sums are f32; numbers below 2^-126 count as 0. An output is off by at most 2^-7 + 2^-16 of the sum of
+ *     the magnitudes of its products, besides the rounding of the sum.
+ *   of codes that are multiplied as integers (see above) round w to a multiple of largest / 127: off by at most
+ *     2^(bits - 1) * largest / 254 for every channel or row.
+ * Everything else is as in `level`. NULL: there is no such thing. */
 const ckv_kernels *ckv_bf16_products(const ckv_kernels *level);
 
 /* Words per row (CKV_AFFINE_ROW) and per group of one channel (CKV_AFFINE_CHANNEL). */

@@ -326,14 +326,16 @@ extension Selection {
 ///
 /// Kernels over affine codes add minima and codes times scales apart (`folded`): a number is then the sum of two, each
 /// up to the largest of its group, and so are the roundings. Where codes use a part of their range only, their distance
-/// from its middle is `codeRange` times as large, and so is what integer kernels round.
+/// from its middle is `codeRange` times as large, and so is what integer kernels round. Products of eight bits round an
+/// element of a query or a weight by up to `rounding` of the largest of its kind; codes, times their scale, lie up to 4/3 of
+/// the largest number of their group from their middle (of 2 bits; less with more).
 struct Oracle {
   var outputs: [Double] = []
   var bounds: [Double] = []
 
   init(
     _ heads: [HeadContents], _ layer: LayerShape, queries: [Float], tokens: Int, firstPosition: Int,
-    options: AttentionOptions = .init(), folded: Bool = false, codeRange: Double = 1
+    options: AttentionOptions = .init(), folded: Bool = false, codeRange: Double = 1, rounding: Double = 0
   ) throws {
     let reference = AttentionReference(
       scale: options.scale.map(Double.init), causal: options.causal, slidingWindow: layer.slidingWindow,
@@ -388,8 +390,14 @@ struct Oracle {
                 * (abs(Double(heads[head].values[row * layer.valueDim + c])) + 3 * codeRange * valueTops[row])
             }
           }
-          let factor = 2 * delta + Double(2 * rows + 32) * unit
-          bounds += magnitude.map { $0 * factor + 1e-30 }
+          let first = (member * tokens + token) * layer.keyDim
+          let largest = own[first..<first + layer.keyDim].reduce(0) { max($0, abs(Double($1))) }
+          delta += rounding * scale * Double(layer.keyDim) * largest * 4 / 3 * (keyTops.max() ?? 0)
+          let growth = 2 * delta + 4 * delta * delta  // e^x - 1 <= x + x^2 up to x = 1.79
+          let factor = growth + Double(2 * rows + 32) * unit
+          let weight = rounding * Double(rows) * (1 + growth) * (weights.max() ?? 0)
+          let values = weight * 4 / 3 * (valueTops.max() ?? 0)
+          bounds += magnitude.map { $0 * factor + values + 1e-30 }
         }
       }
     }
