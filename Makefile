@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: device-test help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs ptx lint format clean
+.PHONY: device-test host-time help setup test test-library test-kernels test-examples test-threads kvlab demo bench docs ptx lint format clean
 
 SWIFT ?= swift
 OUT ?= out
@@ -91,6 +91,15 @@ ptx:
 # A folder that runs on a machine with a card and nothing else: kvlab, the libraries it needs, and a script.
 device-test: setup
 	@.ci/device-test
+
+# What the host does for a decoded token: decoding on a driver whose calls return at once.
+NULL_CUDA = $(CURDIR)/.build/null-cuda
+host-time: kvlab
+	@mkdir -p $(OUT) $(NULL_CUDA)
+	@$${CC:-$$(.ci/clang)} -O2 -shared -fPIC -Wl,-soname,libcuda.so.1 -ISources/CKVCUDA/include \
+	  -o $(NULL_CUDA)/libcuda.so.1 Tests/NullCUDA/libcuda.c
+	@LD_PRELOAD=$(NULL_CUDA)/libcuda.so.1 $(KVLAB) bench --backend cuda --filter host --contexts 32768 --seconds 2 \
+	  --json $(OUT)/host.json | tee $(OUT)/host.txt
 
 lint:
 	@$(SWIFT) format lint --strict --parallel --recursive --configuration .swift-format $(SWIFT_SOURCES)

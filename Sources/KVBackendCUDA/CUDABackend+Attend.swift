@@ -8,26 +8,83 @@ extension CUDABackend {
   package func attend(_ plan: AttentionPlan) throws(KVError) { _ = try attendFinite(plan) }
 
   package var checksAttention: Bool { true }
+  package var keepsPlans: Bool { true }
 
   package func attendFinite(_ plan: AttentionPlan) throws(KVError) -> AttentionFault? {
     if plan.sequences.isEmpty { return nil }
     try session.surviving()
     var fault: AttentionFault?
     try exclusively { scratch throws(KVError) in
-      let staging = plan.sequences.map { sequence in
-        let score = sequence.work.lazy.compactMap { plan.rows[$0].score }.first
-        return CUDADescriptions.Staging(
-          queries: !session.accessible(sequence.queries), output: !session.accessible(sequence.output),
-          scores: score.map { !session.accessible($0) } ?? false)
+      let kept = kept(of: plan)
+      // Descriptions that are kept take the place of those that are not while they are used.
+      if let kept { swap(&scratch.plan, &kept.plan) }
+      defer { if let kept { swap(&scratch.plan, &kept.plan) } }
+      findStaging(plan, &scratch)
+      var written: (base: UnsafeMutableRawPointer, places: Region)?
+      if let kept, plan.isRepeated { written = repeated(plan, kept, &scratch).map { ($0, kept.places) } }
+      if written == nil {
+        kept?.generation = nil
+        try describe(plan, scratch.staging, &scratch)
+        if let kept, scratch.plan.isRepeatable { written = keep(plan, kept, &scratch).map { ($0, kept.places) } }
       }
-      try describe(plan, staging, &scratch)
       let found = try scratch.pinned.bytes(Self.faultBytes + scratch.plan.results.count * 4, session)
       found.initializeMemory(as: UInt64.self, repeating: .max, count: 2)
-      try run(plan, &scratch, window: nil, found: found)
-      fault = copyOut(plan, scratch, found: found, results: found + Self.faultBytes)
+      try run(plan, &scratch, window: nil, found: found, written: written)
+      fault = copyOut(plan, &scratch, found: found, results: found + Self.faultBytes)
     }
     try session.surviving()
     return fault
+  }
+
+  /// Which tensors kernels cannot reach.
+  private func findStaging(_ plan: AttentionPlan, _ scratch: inout Scratch) {
+    scratch.staging.removeAll(keepingCapacity: true)
+    for sequence in plan.sequences {
+      var score: UnsafeMutablePointer<Float>?
+      for work in sequence.work where score == nil { score = plan.rows[work].score }
+      scratch.staging.append(
+        CUDADescriptions.Staging(
+          queries: !session.accessible(sequence.queries), output: !session.accessible(sequence.output),
+          scores: score.map { !session.accessible($0) } ?? false))
+    }
+  }
+
+  // MARK: Descriptions that are kept
+
+  /// Where the descriptions of one token a sequence are kept; nil for other calls.
+  private func kept(of plan: AttentionPlan) -> CUDAKeptPlan? {
+    for index in plan.sequences.indices where plan.sequences[index].tokens != 1 { return nil }
+    if let kept = plan.kept { return unsafeDowncast(kept, to: CUDAKeptPlan.self) }
+    let kept = CUDAKeptPlan(session)
+    plan.kept = kept
+    return kept
+  }
+
+  /// The descriptions of the call before, brought up to date in the pinned memory where they lie; nil where that is not
+  /// enough.
+  private func repeated(
+    _ plan: AttentionPlan, _ kept: CUDAKeptPlan, _ scratch: inout Scratch
+  ) -> UnsafeMutableRawPointer? {
+    guard kept.generation == plan.generation, let base = kept.memory.base,
+      let device = scratch.device.base, let region = scratch.region.base,
+      scratch.plan.describeAgain(
+        plan, staging: scratch.staging, memory: device, region: region, written: base, kept.places)
+    else { return nil }
+    kept.repeats += 1
+    assert(scratch.plan.isAsNew(plan, staging: scratch.staging, memory: device, region: region, base, kept.places))
+    return base
+  }
+
+  /// Writes new descriptions to pinned memory of their own; nil where there is none.
+  private func keep(
+    _ plan: AttentionPlan, _ kept: CUDAKeptPlan, _ scratch: inout Scratch
+  ) -> UnsafeMutableRawPointer? {
+    kept.places = Region(scratch.plan)
+    // What is queued has passed: attention waits for its output.
+    guard let base = try? kept.memory.bytes(kept.places.total, session) else { return nil }
+    write(scratch.plan, to: base, kept.places)
+    kept.generation = plan.generation
+    return base
   }
 
   /// Where kernels put on record what is not finite, before the results in pinned memory.
@@ -48,6 +105,8 @@ extension CUDABackend {
     var statistics = 0
     var partials = 0
     var total = 0
+
+    init() {}
 
     init(_ plan: CUDADescriptions) {
       var layout = CUDALayout()
@@ -86,20 +145,8 @@ extension CUDABackend {
     }
   }
 
-  /// Copies the descriptions and queues every launch.
-  ///
-  /// - Parameter found: pinned memory where two places are put on record.
-  func run(
-    _ plan: AttentionPlan, _ scratch: inout Scratch, window: kv_window_rule?, found: UnsafeMutableRawPointer
-  ) throws(KVError) {
-    let places = Region(scratch.plan)
-    let written = scratch.plan
-    let host = try scratch.ring.bytes(places.total, session)
-    let region = try scratch.region.bytes(places.total, session)
-    let memory = try scratch.device.bytes(written.floats * 4, session)
-    for index in plan.sequences.indices where written.stagedQueries[index] >= 0 {
-      stageQueries(plan.sequences[index], at: host + written.stagedQueries[index])
-    }
+  /// Writes descriptions as the card will have them.
+  private func write(_ written: CUDADescriptions, to host: UnsafeMutableRawPointer, _ places: Region) {
     copy(written.tables.words, to: host + places.tables)
     copy(written.slices, to: host + places.slices)
     copy(written.works, to: host + places.works)
@@ -111,18 +158,43 @@ extension CUDABackend {
     copy(written.merges, to: host + places.merges)
     copy(written.statistics, to: host + places.statistics)
     copy(written.partials, to: host + places.partials)
+  }
+
+  /// Copies the descriptions and queues every launch.
+  ///
+  /// - Parameters:
+  ///   - found: pinned memory where two places are put on record.
+  ///   - kept: pinned memory where the descriptions have been written; nil: nowhere yet.
+  func run(
+    _ plan: AttentionPlan, _ scratch: inout Scratch, window: kv_window_rule?, found: UnsafeMutableRawPointer,
+    written kept: (base: UnsafeMutableRawPointer, places: Region)? = nil
+  ) throws(KVError) {
+    let places: Region
+    let host: UnsafeMutableRawPointer
+    if let kept {
+      (host, places) = (kept.base, kept.places)
+    } else {
+      places = Region(scratch.plan)
+      host = try scratch.ring.bytes(places.total, session)
+      write(scratch.plan, to: host, places)
+    }
+    let region = try scratch.region.bytes(places.total, session)
+    let memory = try scratch.device.bytes(scratch.plan.floats * 4, session)
+    for index in plan.sequences.indices where scratch.plan.stagedQueries[index] >= 0 {
+      stageQueries(plan.sequences[index], at: host + scratch.plan.stagedQueries[index])
+    }
     (host + places.faults).initializeMemory(as: UInt64.self, repeating: .max, count: 2)
     let faults = kv_faults(
       guard: UInt64(UInt(bitPattern: region + places.faults)), found: UInt64(UInt(bitPattern: found)))
     session.copy(to: region, from: host, places.total)
 
-    for rows in written.restored {
+    for rows in scratch.plan.restored {
       let list = region + places.slices + rows.slices.lowerBound * MemoryLayout<kv_slice>.stride
       restore(rows, list)
     }
-    for rows in written.scaled { scale(rows, region + places.slices) }
-    if written.waves.count > 1, window == nil { checkQueries(plan, written, region, faults) }
-    for wave in written.waves { launch(wave, region, places, memory, window: window, faults) }
+    for rows in scratch.plan.scaled { scale(rows, region + places.slices) }
+    if scratch.plan.waves.count > 1, window == nil { checkQueries(plan, scratch.plan, region, faults) }
+    for wave in scratch.plan.waves { launch(wave, region, places, memory, window: window, faults) }
   }
 
   /// Queries of several waves are looked at before the first of these adds statistics.
@@ -243,18 +315,19 @@ extension CUDABackend {
 
   /// Outputs, log sums and scores that lie in ordinary memory. Waits for the stream; says what was not finite.
   private func copyOut(
-    _ plan: AttentionPlan, _ scratch: Scratch, found: UnsafeMutableRawPointer, results: UnsafeMutableRawPointer
+    _ plan: AttentionPlan, _ scratch: inout Scratch, found: UnsafeMutableRawPointer, results: UnsafeMutableRawPointer
   ) -> AttentionFault? {
-    let written = scratch.plan
-    let count = written.results.count
+    let count = scratch.plan.results.count
     let base = results.assumingMemoryBound(to: Float.self)
     if let memory = scratch.device.base { session.copy(to: base, from: memory, count * 4) }
     session.synchronize()
     for (index, isQuery) in [true, false].enumerated() {
       let place = found.load(fromByteOffset: index * 8, as: UInt64.self)
-      if let fault = written.fault(place, isQuery: isQuery, plan) { return fault }
+      if place == .max { continue }
+      if let fault = scratch.plan.fault(place, isQuery: isQuery, plan) { return fault }
     }
     if count == 0 { return nil }
+    let written = scratch.plan
     for (index, sequence) in plan.sequences.enumerated() {
       let heads = sequence.kvHeads * sequence.group
       if written.logSums[index] >= 0 {

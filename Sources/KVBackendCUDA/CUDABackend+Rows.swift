@@ -241,6 +241,12 @@ extension CUDABackend {
 
   /// The slices as the kernels read them, in pinned memory.
   func list(_ slices: [RunSlice], _ scratch: inout Scratch) throws(KVError) -> UnsafeMutableRawPointer {
+    try slices.withUnsafeBufferPointer { (slices) throws(KVError) in try list(slices, &scratch) }
+  }
+
+  private func list(
+    _ slices: UnsafeBufferPointer<RunSlice>, _ scratch: inout Scratch
+  ) throws(KVError) -> UnsafeMutableRawPointer {
     let base = try scratch.ring.bytes(slices.count * MemoryLayout<kv_slice>.stride, session)
     let list = base.assumingMemoryBound(to: kv_slice.self)
     var start = 0
@@ -272,28 +278,43 @@ extension CUDABackend {
     let total = sources.reduce(0) { $0 + $1.count }
     if total == 0 { return }
     exclusivelyRecording { scratch throws(KVError) in
+      if sources.allSatisfy({ session.accessible($0.run.base) }) {
+        return try transcode(sources, total, to: target, row: row, &scratch)
+      }
       let sources = try resident(Array(sources), &scratch)
-      if sources.allSatisfy({ isVerbatim($0, target, row: row) }) {
-        try gather(sources, total, to: target, row: row, &scratch)
-        return
+      try sources.withUnsafeBufferPointer { (sources) throws(KVError) in
+        try transcode(sources, total, to: target, row: row, &scratch)
       }
-      if target.map == nil, sources.allSatisfy({ $0.run.map == nil }) {
-        let list = try list(sources, &scratch)
-        encode(list, sources.count, rows: total, to: target, row: row)
-        return
+    }
+  }
+
+  /// Rows that kernels can reach.
+  private func transcode(
+    _ sources: UnsafeBufferPointer<RunSlice>, _ total: Int, to target: RowRun, row: Int, _ scratch: inout Scratch
+  ) throws(KVError) {
+    if sources.allSatisfy({ isVerbatim($0, target, row: row) }) {
+      try gather(sources, total, to: target, row: row, &scratch)
+      return
+    }
+    if target.map == nil, sources.allSatisfy({ $0.run.map == nil }) {
+      let list = try list(sources, &scratch)
+      encode(list, sources.count, rows: total, to: target, row: row)
+      return
+    }
+    let unit = target.encoding.rowsPerUnit
+    let rows = max(CUDABackend.tableElements / target.dim / unit, 1) * unit
+    var left = ArraySlice(sources)
+    var done = 0
+    while done < total {
+      let count = min(rows, total - done)
+      let table = try loadTable(RunSlice.take(count, from: &left), &scratch)
+      if let map = target.map { try self.map(table, rows: count, map, back: false, numbers: true, &scratch) }
+      let run = RowRun(encoding: .dense(.f32), dim: target.dim, capacity: count, base: UnsafeMutableRawPointer(table))
+      let list = try withUnsafePointer(to: RunSlice(run: run, first: 0, count: count)) { (slice) throws(KVError) in
+        try self.list(UnsafeBufferPointer(start: slice, count: 1), &scratch)
       }
-      let rows = max(CUDABackend.tableElements / target.dim / unit, 1) * unit
-      var left = sources[...]
-      var done = 0
-      while done < total {
-        let count = min(rows, total - done)
-        let table = try loadTable(RunSlice.take(count, from: &left), &scratch)
-        if let map = target.map { try self.map(table, rows: count, map, back: false, numbers: true, &scratch) }
-        let run = RowRun(encoding: .dense(.f32), dim: target.dim, capacity: count, base: UnsafeMutableRawPointer(table))
-        let list = try list([RunSlice(run: run, first: 0, count: count)], &scratch)
-        encode(list, 1, rows: count, to: target, row: row + done)
-        done += count
-      }
+      encode(list, 1, rows: count, to: target, row: row + done)
+      done += count
     }
   }
 
@@ -361,7 +382,7 @@ extension CUDABackend {
 
   /// Whole units, byte for byte: one launch, however many runs of rows stay.
   private func gather(
-    _ sources: [RunSlice], _ total: Int, to target: RowRun, row: Int, _ scratch: inout Scratch
+    _ sources: UnsafeBufferPointer<RunSlice>, _ total: Int, to target: RowRun, row: Int, _ scratch: inout Scratch
   ) throws(KVError) {
     let encoding = target.encoding
     let unit = encoding.rowsPerUnit

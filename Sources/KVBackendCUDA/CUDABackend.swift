@@ -59,6 +59,7 @@ package final class CUDABackend: ComputeBackend {
     /// Rows as f32.
     var table = CUDAScratch(pinned: false)
     var plan = CUDADescriptions()
+    var staging: [CUDADescriptions.Staging] = []
     /// Of the rows that are being written: which target, and its tokens that were written before.
     var written: [(target: Int, token: Int)] = []
   }

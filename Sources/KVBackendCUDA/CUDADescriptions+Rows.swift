@@ -11,17 +11,21 @@ extension CUDADescriptions {
     var end: Int
   }
 
+  /// A place in two lists of slices that is reached row by row: the slices, where they begin, and the ranges before it, of
+  /// which the last ends there.
+  struct RangeWalk {
+    var key = 0
+    var value = 0
+    var keyStart = 0
+    var valueStart = 0
+    var ranges = 0
+    var end = 0
+  }
+
   mutating func addWork(_ index: Int, of sequence: Int, _ plan: AttentionPlan) {
     let rows = plan.rows[index]
-    var positions = rows.positions.map { UInt64(UInt(bitPattern: $0)) } ?? 0
-    var first = Int64(rows.firstPosition)
-    if let last = rows.positions.map({ Int($0[max(rows.count, 1) - 1]) }),
-      plan.sequences[sequence].slidingWindow == 0, rows.count > 0,
-      max(last, rows.highest) <= plan.sequences[sequence].firstPosition
-    {
-      // Every query sees all of them, as nearly always while decoding: positions need not be read.
-      positions = 0
-      first = -Int64(Int32.max)
+    let (positions, first) = withUnsafePointer(to: rows) {
+      CUDADescriptions.positions(of: $0, plan.sequences[sequence])
     }
     var work = kv_work(
       positions: positions, bias: rows.bias.map { UInt64(UInt(bitPattern: $0)) } ?? 0,
@@ -47,6 +51,19 @@ extension CUDADescriptions {
       }
     }
     works.append(work)
+  }
+
+  /// Where the positions of rows lie, 0 for those that follow the second number.
+  static func positions(of rows: UnsafePointer<RowsWork>, _ sequence: SequenceWork) -> (UInt64, Int64) {
+    let (first, count) = (Int64(rows.pointee.firstPosition), rows.pointee.count)
+    guard let positions = rows.pointee.positions else { return (0, first) }
+    if sequence.slidingWindow == 0, count > 0,
+      max(Int(positions[count - 1]), rows.pointee.highest) <= sequence.firstPosition
+    {
+      // Every query sees all of them, as nearly always while decoding: positions need not be read.
+      return (0, -Int64(Int32.max))
+    }
+    return (UInt64(UInt(bitPattern: positions)), first)
   }
 
   /// Directions of one side to rows; returns the slice that describes them.
@@ -120,23 +137,47 @@ extension CUDADescriptions {
   /// Ranges of rows whose keys lie behind one map, their values behind one, and which one kernel takes.
   mutating func findRanges(_ rows: RowsWork, _ plan: AttentionPlan, _ sequence: SequenceWork) {
     ranges.removeAll(keepingCapacity: true)
+    walk = RangeWalk()
     if rows.factored != nil {
       ranges.append(RowRange(keys: nil, values: nil, kernel: 0, end: rows.count))
       return
     }
-    let isRestored = rows.lowRank?.turnsKeys ?? false
-    var key = rows.keys.lowerBound
-    var value = rows.values.lowerBound
-    let slices = plan.slices
+    withUnsafePointer(to: rows) { rows in
+      plan.slices.withUnsafeBufferPointer { findRanges(rows, $0, sequence, from: RangeWalk()) }
+    }
+  }
+
+  /// Goes on where `ranges` and a walk end.
+  mutating func findRanges(
+    _ work: UnsafePointer<RowsWork>, _ slices: UnsafeBufferPointer<RunSlice>, _ sequence: SequenceWork,
+    from begin: RangeWalk
+  ) {
+    let (keys, values, count, frozen) = (
+      work.pointee.keys, work.pointee.values, work.pointee.count, work.pointee.frozen
+    )
+    let isRestored = work.pointee.lowRank?.turnsKeys ?? false
+    var key = keys.lowerBound + begin.key
+    var value = values.lowerBound + begin.value
     let hasKernels =
-      rows.lowRank == nil && !rows.keys.isEmpty && !rows.values.isEmpty && sequence.valueDim == sequence.keyDim
-    var keyEnd = isRestored || rows.keys.isEmpty ? rows.count : slices[key].count
-    var valueEnd = rows.values.isEmpty ? rows.count : slices[value].count
+      work.pointee.lowRank == nil && !keys.isEmpty && !values.isEmpty && sequence.valueDim == sequence.keyDim
+    var keyEnd = isRestored || keys.isEmpty ? count : begin.keyStart + slices[key].count
+    var valueEnd = values.isEmpty ? count : begin.valueStart + slices[value].count
+    // Whether all slices so far stay as they are.
+    var isFrozen = hasKernels
     while true {
+      if isFrozen {
+        // The next token may find other rows from here on.
+        let (ownKey, ownValue) = (key - keys.lowerBound, value - values.lowerBound)
+        walk = RangeWalk(
+          key: ownKey, value: ownValue, keyStart: keyEnd - slices[key].count,
+          valueStart: valueEnd - slices[value].count,
+          ranges: ranges.count, end: ranges.last?.end ?? 0)
+        isFrozen = ownKey < frozen.keys && ownValue < frozen.values
+      }
       let end = min(keyEnd, valueEnd)
       var range = RowRange(
-        keys: isRestored || rows.keys.isEmpty ? nil : slices[key].run.map,
-        values: rows.values.isEmpty ? nil : slices[value].run.map, kernel: 0, end: end)
+        keys: isRestored || keys.isEmpty ? nil : slices[key].run.map,
+        values: values.isEmpty ? nil : slices[value].run.map, kernel: 0, end: end)
       if hasKernels {
         // Where this range begins, in the work item and in the slice of its keys.
         let start = ranges.last?.end ?? 0
@@ -149,7 +190,7 @@ extension CUDADescriptions {
       } else {
         ranges.append(range)
       }
-      if end >= rows.count { return }
+      if end >= count { return }
       if keyEnd == end {
         key += 1
         keyEnd += slices[key].count

@@ -18,26 +18,13 @@ extension CUDADescriptions {
     let number = sequences.count
     let m = tokens.count * sequence.group
     wave.queryRows = max(wave.queryRows, m)
-    let stride = outputs[index] < 0 ? sequence.outputTokenStride : sequence.valueDim
-    let output =
-      outputs[index] < 0
-      ? UInt64(UInt(bitPattern: sequence.output + tokens.lowerBound * stride))
-      : address(outputs[index] + tokens.lowerBound * stride)
-    sequences.append(
-      kv_sequence(
-        output: output, log_sum_exp: logSums[index] < 0 ? 0 : address(logSums[index] + tokens.lowerBound),
-        first_position: sequence.firstPosition == .max ? .max : Int64(sequence.firstPosition + tokens.lowerBound),
-        output_head_stride: Int64(outputs[index] < 0 ? sequence.outputHeadStride : sequence.tokens * stride),
-        output_token_stride: Int64(stride), log_stride: Int64(sequence.tokens), scale: sequence.scale,
-        softcap: sequence.softcap, sliding_window: UInt32(sequence.slidingWindow), tokens: UInt32(tokens.count),
-        group: UInt32(sequence.group), key_dim: UInt32(sequence.keyDim), value_dim: UInt32(sequence.valueDim),
-        all_tokens: UInt32(sequence.tokens), first_token: UInt32(tokens.lowerBound),
-        query_place: UInt64(places[index].queries), output_place: UInt64(places[index].outputs)))
+    sequences.append(described(tokens, of: index, sequence))
     var work = sequence.work.lowerBound
     for head in 0..<sequence.kvHeads {
       let firstPartial = partials.count
       let totals = take(2 * m)
-      let own = addQueries(head: head, tokens: tokens, sequence, staged: stagedQueries[index])
+      let own = self.queries.count
+      self.queries.append(queries(head: head, tokens: tokens, sequence, staged: stagedQueries[index]))
       prepared.removeAll(keepingCapacity: true)
       while work < sequence.work.upperBound, plan.rows[work].kvHead == head {
         addRows(work, turn: number, tokens, sequence, plan, queries: own, m: m, totals: totals, to: &wave)
@@ -53,20 +40,34 @@ extension CUDADescriptions {
     }
   }
 
+  /// Some tokens of a sequence as the kernels read them.
+  func described(_ tokens: Range<Int>, of index: Int, _ sequence: SequenceWork) -> kv_sequence {
+    let stride = outputs[index] < 0 ? sequence.outputTokenStride : sequence.valueDim
+    let output =
+      outputs[index] < 0
+      ? UInt64(UInt(bitPattern: sequence.output + tokens.lowerBound * stride))
+      : address(outputs[index] + tokens.lowerBound * stride)
+    return kv_sequence(
+      output: output, log_sum_exp: logSums[index] < 0 ? 0 : address(logSums[index] + tokens.lowerBound),
+      first_position: sequence.firstPosition == .max ? .max : Int64(sequence.firstPosition + tokens.lowerBound),
+      output_head_stride: Int64(outputs[index] < 0 ? sequence.outputHeadStride : sequence.tokens * stride),
+      output_token_stride: Int64(stride), log_stride: Int64(sequence.tokens), scale: sequence.scale,
+      softcap: sequence.softcap, sliding_window: UInt32(sequence.slidingWindow), tokens: UInt32(tokens.count),
+      group: UInt32(sequence.group), key_dim: UInt32(sequence.keyDim), value_dim: UInt32(sequence.valueDim),
+      all_tokens: UInt32(sequence.tokens), first_token: UInt32(tokens.lowerBound),
+      query_place: UInt64(places[index].queries), output_place: UInt64(places[index].outputs))
+  }
+
   /// The queries of one KV head as they lie with the engine, or staged before the descriptions.
-  mutating func addQueries(
-    head: Int, tokens: Range<Int>, _ sequence: SequenceWork, staged: Int
-  ) -> Int {
+  func queries(head: Int, tokens: Range<Int>, _ sequence: SequenceWork, staged: Int) -> kv_queries {
     let headStride = staged < 0 ? sequence.queryHeadStride : sequence.tokens * sequence.keyDim
     let tokenStride = staged < 0 ? sequence.queryTokenStride : sequence.keyDim
     let base = staged < 0 ? UInt64(UInt(bitPattern: sequence.queries)) : region + UInt64(staged)
     let offset = (head * sequence.group * headStride + tokens.lowerBound * tokenStride) * sequence.queryType.byteCount
-    queries.append(
-      kv_queries(
-        base: base + UInt64(offset), shift: 0, token_stride: Int64(tokenStride), member_stride: Int64(headStride),
-        type: UInt32(sequence.queryType.rawValue), dim: UInt32(sequence.keyDim), group: UInt32(sequence.group),
-        padding: 0))
-    return queries.count - 1
+    return kv_queries(
+      base: base + UInt64(offset), shift: 0, token_stride: Int64(tokenStride), member_stride: Int64(headStride),
+      type: UInt32(sequence.queryType.rawValue), dim: UInt32(sequence.keyDim), group: UInt32(sequence.group), padding: 0
+    )
   }
 
   mutating func addRows(
@@ -74,14 +75,19 @@ extension CUDADescriptions {
     m: Int, totals: Int, to wave: inout Wave
   ) {
     let rows = plan.rows[work]
+    while keptWorks.count <= work { keptWorks.append(KeptWork()) }
     if rows.count == 0 { return }
     var kept: Int?
     if rows.score != nil {
       // Query rows before the observed ones leave nothing.
       let first = max(0, sequence.observedFrom - tokens.lowerBound) * sequence.group
       if first < m {
-        let offset = take(m * rows.count)
+        // Room for the tokens to come.
+        let room = tokens.count == 1 ? CUDADescriptions.keptRows(rows.count) : rows.count
+        let offset = take(m * room)
         kept = offset
+        keptWorks[work].statistic = statistics.count
+        keptWorks[work].room = room
         let place = scores.first { $0.work == work }?.offset
         let isFirst = max(sequence.observedFrom, 0) >= tokens.lowerBound
         statistics.append(
@@ -98,6 +104,8 @@ extension CUDADescriptions {
     let valueBasis = sequence.valueDim == 0 ? nil : rows.lowRank?.valueBasis
     let valueDim = valueBasis?.capacity ?? sequence.valueDim
     findRanges(rows, plan, sequence)
+    keptWorks[work].ranges = keptRanges.count
+    keptWorks[work].walk = walk
     var first = 0
     for index in ranges.indices {
       let range = ranges[index]
@@ -107,6 +115,7 @@ extension CUDADescriptions {
       }
       let valueMap = sequence.valueDim == 0 ? 0 : range.values.map { tables.address(of: $0) } ?? 0
       let length = CUDADescriptions.pieceRows(range.end - first, sequence)
+      let firstPiece = pieces.count
       for start in stride(from: first, to: range.end, by: length) {
         let partial = take(m * (2 + valueDim))
         var final = partial
@@ -123,8 +132,13 @@ extension CUDADescriptions {
           work, turn: turn, rows: start..<min(start + length, range.end), m: m, queries: queries, partial: partial,
           valueDim: valueDim, kept: kept, kernel: range.kernel)
       }
+      keptRanges.append(
+        KeptRange(
+          kernel: range.kernel, first: first, end: range.end, length: length, firstPiece: firstPiece,
+          pieces: pieces.count - firstPiece))
       first = range.end
     }
+    keptWorks[work].rangeCount = ranges.count
   }
 
   mutating func addPieces(

@@ -70,7 +70,7 @@ struct CUDADescriptions {
   }
 
   /// What the caller knows of memory: which addresses kernels can reach.
-  struct Staging {
+  struct Staging: Equatable {
     /// Queries of the sequence are copied behind the descriptions.
     var queries = false
     var output = false
@@ -112,12 +112,24 @@ struct CUDADescriptions {
   var memory: UInt64 = 0
   var region: UInt64 = 0
   var ranges: [RowRange] = []
+  /// Where the ranges of the last work item begin that may change with the next token.
+  var walk = RangeWalk()
   /// The kernel of every piece of the wave that is being described, and room to sort them.
   var kernelOfPiece: [UInt8] = []
   private var sorted: [kv_piece] = []
+  /// The first token of each sequence that is not described yet.
+  private var first: [Int] = []
   /// Queries of the current head that were prepared: for the map, the basis and the shift of some rows.
   var prepared: [(map: UInt64, basis: UInt64, shift: Int, queries: Int)] = []
   var waveFloats = 0
+
+  /// Whether the next token can be described by changing these: one token a sequence, over rows that are read as they lie.
+  private(set) var isRepeatable = false
+  /// What it takes to change them: by work item, and all their ranges of rows.
+  var keptWorks: [KeptWork] = []
+  var keptRanges: [KeptRange] = []
+  /// Where the pieces went that were sorted by kernel; empty: nowhere.
+  private(set) var placeOfPiece: [UInt32] = []
 
   private mutating func clear() {
     slices.removeAll(keepingCapacity: true)
@@ -138,6 +150,9 @@ struct CUDADescriptions {
     logSums.removeAll(keepingCapacity: true)
     scores.removeAll(keepingCapacity: true)
     places.removeAll(keepingCapacity: true)
+    keptWorks.removeAll(keepingCapacity: true)
+    keptRanges.removeAll(keepingCapacity: true)
+    placeOfPiece.removeAll(keepingCapacity: true)
     queryBytes = 0
     sharedFloats = 0
     waveFloats = 0
@@ -170,7 +185,8 @@ struct CUDADescriptions {
       for work in plan.sequences[index].work { addWork(work, of: index, plan) }
     }
     // The turns of a sequence add to the same statistics: only those of different sequences run at once.
-    var first = Array(repeating: 0, count: plan.sequences.count)
+    first.removeAll(keepingCapacity: true)
+    first.append(contentsOf: repeatElement(0, count: plan.sequences.count))
     while true {
       waveFloats = sharedFloats
       let before = (phases.count, restores.count, merges.count, statistics.count)
@@ -197,6 +213,9 @@ struct CUDADescriptions {
       waves.append(wave)
     }
     floats = max(floats, sharedFloats)
+    isRepeatable =
+      !whole && waves.count == 1 && phases.isEmpty && restores.isEmpty && restored.isEmpty && scaled.isEmpty
+      && scores.isEmpty && tables.words.isEmpty
   }
 
   /// Pieces of each kernel together, in their order. Most waves have one kernel.
@@ -206,8 +225,10 @@ struct CUDADescriptions {
     for kernel in CUDADescriptions.attentionKernels.indices where wave.pieces[kernel] > 0 { used += 1 }
     if used < 2 { return }
     sorted.removeAll(keepingCapacity: true)
+    placeOfPiece.append(contentsOf: repeatElement(0, count: pieces.count - placeOfPiece.count))
     for kernel in CUDADescriptions.attentionKernels.indices where wave.pieces[kernel] > 0 {
       for (index, own) in kernelOfPiece.enumerated() where Int(own) == kernel {
+        placeOfPiece[wave.firstPiece + index] = UInt32(wave.firstPiece + sorted.count)
         sorted.append(pieces[wave.firstPiece + index])
       }
     }

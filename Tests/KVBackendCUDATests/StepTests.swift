@@ -103,8 +103,61 @@ extension CUDATests {
           })
       }
       let usual = steps.count { $0 == expected }
+      let kept = try #require(cache.layers[0].plan?.kept as? CUDAKeptPlan)
+      #expect(kept.repeats >= 50, "\(text): \(kept.repeats) of 80 steps changed the descriptions of the one before")
       #expect(usual >= 50, "\(text): \(Dictionary(grouping: steps, by: \.description).mapValues(\.count))")
       #expect(steps.allSatisfy { $0.waits == 2 && $0.launches <= 12 }, "\(steps)")
+    }
+
+    /// Descriptions are kept of batches too, and never taken for those of other caches: steps alone, together, with a cache
+    /// replaced by a fork that has gone on by itself, and after a trim. Debug builds compare with new ones at every step.
+    @Test(arguments: ["f16", "kivi(bits=4,residual=32)", "h2o(budget=40)+f16"])
+    func keptDescriptions(text: String) throws {
+      let policy = try PolicyRegistry.standard.policy(text)
+      let backends = (try emulated(), try Backend.cpu(threads: 1, level: "portable"))
+      let subjects = try (0..<2).map { _ in try FedCache(policy, Self.shape, backends.0) }
+      let references = try (0..<2).map { _ in try FedCache(policy, Self.shape, backends.1) }
+      var seed: UInt64 = 0
+      func agree(_ caches: [KVCache], _ others: [KVCache], _ what: String) throws {
+        seed += 1
+        var numbers = FedCache.Numbers(seed: seed)
+        let count = caches.count
+        let rows = (0..<2 * 32).map { _ in numbers.next() }
+        let queries = (0..<4 * count * 32).map { _ in numbers.next() }
+        let outputs = try [caches, others].map { caches in
+          for cache in caches {
+            try cache.append(
+              layer: 0, keys: TensorView(rows.span, heads: 2, tokens: 1, dim: 32),
+              values: TensorView(rows.span, heads: 2, tokens: 1, dim: 32))
+          }
+          var output = [Float](repeating: .nan, count: queries.count)
+          var span = output.mutableSpan
+          var view = try MutableTensorView(&span, heads: 4, tokens: count, dim: 32)
+          try KVCache.attend(
+            caches, layer: 0, queries: TensorView(queries.span, heads: 4, tokens: count, dim: 32),
+            tokens: Array(repeating: 1, count: count), into: &view)
+          return output
+        }
+        #expect(FedCache.distance(outputs[0], outputs[1]) <= 1e-5, "\(text): \(what)")
+      }
+      for life in subjects + references {
+        _ = try life.step(60, seed: 1)
+        try life.cache.finishPrefill()
+      }
+      var (own, other) = (subjects.map(\.cache), references.map(\.cache))
+      for _ in 0..<6 { try agree(own, other, "a batch") }
+      for _ in 0..<3 { try agree([own[0]], [other[0]], "alone") }
+      for _ in 0..<3 { try agree(own, other, "a batch again") }
+      let forks = (own[1].fork(), other[1].fork())
+      for _ in 0..<3 { try agree([forks.0], [forks.1], "a fork alone") }
+      for _ in 0..<2 { try agree(own, other, "the batch beside it") }
+      (own[1], other[1]) = forks
+      for _ in 0..<4 { try agree(own, other, "a batch with the fork") }
+      if text == "f16" {
+        for caches in [own, other] { try caches[0].trim(to: caches[0].tokensSeen(layer: 0) - 3) }
+      }
+      for _ in 0..<4 { try agree(own, other, "after a trim") }
+      #expect((own[0].layers[0].plan?.kept as? CUDAKeptPlan).map { $0.repeats > 8 } == true)
     }
 
     /// Queries, keys or values that are not finite are found on the card, and nothing has changed then: neither rows nor

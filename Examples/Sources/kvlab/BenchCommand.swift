@@ -29,6 +29,9 @@ struct BenchCommand: ParsableCommand {
       f16: over the same tokens through a cache that holds as many rows and evicts nothing
 
       attend-b16     with --backend cuda: one new token of 16 sequences in one call
+      host           with --backend cuda on a driver that does nothing (make host-time): what the processor does for a \
+      decoded token of one layer, append to eviction, the mean over 128 tokens and 32 layers; checked: nine of ten steps \
+      ask the heap for nothing. host-b16: of 16 sequences in one call, for each
 
       With --backend cuda the read bandwidth is that of copies on the card, reads and writes together, and times include \
       the host's part. Tensors lie in ordinary memory: append measures the bus, too.

@@ -9,10 +9,19 @@ package final class AttentionPlan {
   package let workspace = Workspace()
   /// For how the backend cut the work.
   package let bookkeeping = Workspace()
+  /// Whether this call is the one before, but for tensors, counts and columns, and for the slices of every list from its
+  /// `frozen` ones on: `first` and `count` of these differ, not their number and their memory.
+  package var isRepeated = false
+  /// Changes with every new description.
+  package private(set) var generation = 0
+  /// What the backend keeps of this plan for the next call.
+  package var kept: AnyObject?
 
   package init() {}
 
   package func reset() {
+    isRepeated = false
+    generation += 1
     sequences.removeAll(keepingCapacity: true)
     rows.removeAll(keepingCapacity: true)
     slices.removeAll(keepingCapacity: true)
@@ -130,6 +139,10 @@ package struct RowsWork {
   package var lowRank: LowRankRows?
   /// The slices hold directions, and this is what they are multiplied by.
   package var factored: FactoredRows?
+  /// Structures of the stores of keys and values, of which these are all rows, and how many slices of each stay as they are
+  /// while these are the same. Structure 0: not known.
+  package var structure: (keys: UInt64, values: UInt64) = (0, 0)
+  package var frozen: (keys: Int, values: Int) = (0, 0)
 
   package init(kvHead: Int, count: Int, keys: Range<Int>, values: Range<Int>, shift: Int) {
     self.kvHead = kvHead

@@ -87,6 +87,8 @@ package protocol ComputeBackend: AnyObject, Sendable {
   /// - Throws: `outOfMemory` for intermediate results, `unavailable` when a device was lost.
   func attend(_ plan: AttentionPlan) throws(KVError)
 
+  /// Whether it keeps what it makes of a plan, so that every layer has its own and describes only what has changed.
+  var keepsPlans: Bool { get }
   /// Whether `attendFinite` looks at queries and outputs itself.
   var checksAttention: Bool { get }
   /// Attention that says which query or output is not finite, so that a device is waited for once. No statistics were
@@ -195,6 +197,7 @@ extension ComputeBackend {
     return (low, high)
   }
 
+  package var keepsPlans: Bool { false }
   package var checksAttention: Bool { false }
   package func attendFinite(_ plan: AttentionPlan) throws(KVError) -> AttentionFault? {
     try attend(plan)

@@ -56,15 +56,26 @@ extension KVCache {
       token += count
     }
     for cache in caches { try cache.prepare(layer: layer, options: options ?? cache.attention) }
-    first.plan.reset()
+    let plan = first.plan(ofLayer: layer)
+    plan.isRepeated = plan.sequences.count == caches.count
     token = 0
-    for (cache, count) in zip(caches, tokens) {
-      cache.describe(
+    for (index, (cache, count)) in zip(caches, tokens).enumerated() where plan.isRepeated {
+      plan.isRepeated = cache.describeAgain(
         layer: layer, queries: queries.slice(tokens: token..<token + count), output: &output, firstToken: token,
-        options: options ?? cache.attention, in: first.plan)
+        options: options ?? cache.attention, sequence: index, in: plan)
       token += count
     }
-    if let fault = try first.backend.operations.attendFinite(first.plan) {
+    if !plan.isRepeated {
+      plan.reset()
+      token = 0
+      for (cache, count) in zip(caches, tokens) {
+        cache.describe(
+          layer: layer, queries: queries.slice(tokens: token..<token + count), output: &output, firstToken: token,
+          options: options ?? cache.attention, in: plan)
+        token += count
+      }
+    }
+    if let fault = try first.backend.operations.attendFinite(plan) {
       let before = tokens[..<fault.sequence].reduce(0, +)
       throw caches[fault.sequence].error(fault, layer: layer, tokens: tokens[fault.sequence], firstToken: before)
     }
@@ -86,8 +97,15 @@ extension KVCache {
     try checkQueries(
       queries, state(layer), causal: options.causal, finite: !backend.operations.checksAttention)
     try prepare(layer: layer, options: options)
-    plan.reset()
-    describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
+    let plan = plan(ofLayer: layer)
+    plan.isRepeated =
+      plan.sequences.count == 1
+      && describeAgain(
+        layer: layer, queries: queries, output: &output, firstToken: 0, options: options, sequence: 0, in: plan)
+    if !plan.isRepeated {
+      plan.reset()
+      describe(layer: layer, queries: queries, output: &output, firstToken: 0, options: options, in: plan)
+    }
     plan.sequences[0].logSumExp = logSumExp
     if let fault = try backend.operations.attendFinite(plan) {
       throw error(fault, layer: layer, tokens: queries.tokens, firstToken: 0)
@@ -255,16 +273,92 @@ extension KVCache {
       }
     }
     plan.sequences.append(
-      SequenceWork(
-        queries: queries.base, queryType: queries.type, queryHeadStride: queries.headStride,
-        queryTokenStride: queries.tokenStride, output: output.base + firstToken * output.tokenStride,
-        outputHeadStride: output.headStride, outputTokenStride: output.tokenStride, logSumExp: nil,
-        tokens: queries.tokens, kvHeads: shape.kvHeads, group: shape.group, keyDim: shape.keyDim,
-        valueDim: shape.valueDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
-        softcap: options.softcap ?? 0, firstPosition: options.causal ? state.seen - queries.tokens : Int.max,
-        slidingWindow: shape.slidingWindow ?? 0, rotary: self.shape.rotary, work: start..<plan.rows.count,
-        observedFrom: queries.tokens - counted, reduction: observer?.reduction ?? .sum))
+      sequence(
+        state, queries: queries, output: &output, firstToken: firstToken, options: options, counted: counted,
+        work: start..<plan.rows.count))
   }
+
+  private func sequence(
+    _ state: LayerState, queries: borrowing TensorView, output: inout MutableTensorView, firstToken: Int,
+    options: AttentionOptions, counted: Int, work: Range<Int>
+  ) -> SequenceWork {
+    let shape = state.shape
+    return SequenceWork(
+      queries: queries.base, queryType: queries.type, queryHeadStride: queries.headStride,
+      queryTokenStride: queries.tokenStride, output: output.base + firstToken * output.tokenStride,
+      outputHeadStride: output.headStride, outputTokenStride: output.tokenStride, logSumExp: nil,
+      tokens: queries.tokens, kvHeads: shape.kvHeads, group: shape.group, keyDim: shape.keyDim,
+      valueDim: shape.valueDim, scale: options.scale ?? 1 / Float(shape.keyDim).squareRoot(),
+      softcap: options.softcap ?? 0, firstPosition: options.causal ? state.seen - queries.tokens : Int.max,
+      slidingWindow: shape.slidingWindow ?? 0, rotary: self.shape.rotary, work: work,
+      observedFrom: queries.tokens - counted, reduction: observer?.reduction ?? .sum)
+  }
+
+  /// The plan of calls for a layer: its own, with what the backend keeps of it, or one of all layers.
+  private func plan(ofLayer layer: Int) -> AttentionPlan {
+    if !backend.operations.keepsPlans { return plan }
+    if let own = layers[layer].plan { return own }
+    let own = AttentionPlan()
+    layers[layer].plan = own
+    return own
+  }
+
+  /// Brings sequence `index` of the plan of an earlier step up to date. False where this call has another structure; the
+  /// plan is of no account then.
+  private func describeAgain(
+    layer: Int, queries: borrowing TensorView, output: inout MutableTensorView, firstToken: Int,
+    options: AttentionOptions, sequence index: Int, in plan: AttentionPlan
+  ) -> Bool {
+    guard backend.operations.keepsPlans, queries.tokens == 1, policy.positions != .slot else { return false }
+    let state = layers[layer]
+    let counted = options.commits && observesAttention(state) ? observedQueries(of: 1, state) : 0
+    let work = plan.sequences[index].work
+    guard plan.sequences[index].tokens == 1, plan.sequences[index].observedFrom == 1 - counted,
+      counted == 0 || sumsInPlace, work.count == state.shape.kvHeads * state.segments.count
+    else { return false }
+    for (tier, segment) in state.segments.enumerated() {
+      let first = work.lowerBound + tier
+      if !segment.describeAgain(first: first, stride: state.segments.count, in: plan) { return false }
+    }
+    if counted == 0 { for row in work { plan.rows[row].score = nil } }
+    plan.sequences[index] = sequence(
+      state, queries: queries, output: &output, firstToken: firstToken, options: options, counted: counted, work: work)
+    #if KV_INTERNAL_CHECKS
+      checkRepetition(
+        layer: layer, queries: queries, output: &output, firstToken: firstToken, options: options, sequence: index,
+        plan)
+    #endif
+    return true
+  }
+
+  #if KV_INTERNAL_CHECKS
+    /// What was brought up to date is what a new description would be.
+    private func checkRepetition(
+      layer: Int, queries: borrowing TensorView, output: inout MutableTensorView, firstToken: Int,
+      options: AttentionOptions, sequence index: Int, _ plan: AttentionPlan
+    ) {
+      let other = AttentionPlan()
+      describe(
+        layer: layer, queries: queries, output: &output, firstToken: firstToken, options: options, in: other)
+      let work = plan.sequences[index].work
+      precondition(other.rows.count == work.count, "\(other.rows.count) lists of rows, \(work.count) were kept")
+      for (fresh, kept) in zip(other.rows, plan.rows[work]) {
+        precondition(
+          fresh.kvHead == kept.kvHead && fresh.count == kept.count && fresh.shift == kept.shift
+            && fresh.positions == kept.positions && fresh.firstPosition == kept.firstPosition
+            && fresh.bias == kept.bias && fresh.score == kept.score && fresh.sortedFrom == kept.sortedFrom
+            && fresh.highest == kept.highest && fresh.frozen == kept.frozen, "rows of head \(kept.kvHead)")
+        for (own, known) in [(fresh.keys, kept.keys), (fresh.values, kept.values)] {
+          precondition(
+            own.count == known.count
+              && zip(other.slices[own], plan.slices[known]).allSatisfy {
+                $0.run.base == $1.run.base && $0.run.capacity == $1.run.capacity && $0.run.map == $1.run.map
+                  && $0.run.encoding == $1.run.encoding && $0.first == $1.first && $0.count == $1.count
+              }, "slices of head \(kept.kvHead)")
+        }
+      }
+    }
+  #endif
 
   /// Positions that no tier holds behind each slot, [head][tier][slot]; -1 for dead slots.
   private func missingBehind(_ state: LayerState) -> [[[Int]]] {

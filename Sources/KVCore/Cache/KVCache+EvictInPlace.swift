@@ -46,18 +46,24 @@ extension KVCache {
     try checkObserved(state)
     try segment.prepareDrop()
     // All scores and every head's lowest first: a NaN is found before any head loses a row.
-    let scores = score(inPlace.scorer, state, segment)
     let victims = victims.values(of: Victims.self, count: heads)
+    var isObserved = true
     for head in 0..<heads {
-      let columns = segment.observed(head: head)
+      victims[head] = Victims(columns: segment.observed(head: head))
+      if victims[head].columns.base == nil { isObserved = false }
+    }
+    let scores = score(inPlace.scorer, state, segment, isObserved: isObserved)
+    for head in 0..<heads {
+      let columns = victims[head].columns
       let excess = self.excess(of: head, state, columns.live)
       let slots = unprotected(columns, kept: columns.live - excess)
       let lowest = try self.lowest(of: columns, scores(columns, head), among: slots, state, head)
-      victims[head] = Victims(excess: excess, first: slots.lowerBound, end: slots.upperBound, lowest: lowest)
+      victims[head].excess = excess
+      (victims[head].first, victims[head].end, victims[head].lowest) = (slots.lowerBound, slots.upperBound, lowest)
     }
     for head in 0..<heads {
-      let columns = segment.observed(head: head)
       let own = victims[head]
+      let columns = own.columns
       // Budgets of their own make heads differ.
       if head > 0, segment.liveCount(head: 0) != columns.live - own.excess { state.headsAreAlike = false }
       if own.excess > 0 {
@@ -92,10 +98,11 @@ extension KVCache {
 
   /// What a head loses: `excess` rows of the slots `first ..< end`, and which goes first, -1 where all are dead.
   private struct Victims: BitwiseCopyable {
-    var excess: Int
-    var first: Int
-    var end: Int
-    var lowest: Int
+    var columns: ObservedColumns
+    var excess = 0
+    var first = 0
+    var end = 0
+    var lowest = -1
   }
 
   /// Rows of a head to drop.
@@ -121,7 +128,8 @@ extension KVCache {
   ) throws(KVError) -> Int {
     func lowest(_ part: Range<Int>) throws(KVError) -> Int {
       let index = backend.operations.lowest(
-        scores + part.lowerBound, bias: columns.bias.map { $0 + part.lowerBound }, count: part.count)
+        scores + part.lowerBound,
+        bias: part.lowerBound < columns.deadEnd ? columns.bias.map { $0 + part.lowerBound } : nil, count: part.count)
       if index == -2 { throw KVError(.nonFinite, "the score of a row is NaN", layer: state.layer, head: head) }
       return index < 0 ? -1 : part.lowerBound + index
     }
@@ -145,13 +153,11 @@ extension KVCache {
   }
 
   /// Scores of all slots of all heads, in reused memory or where they lie.
-  private func score(_ scorer: some RowScorer, _ state: LayerState, _ segment: any Segment) -> Scores {
+  private func score(
+    _ scorer: some RowScorer, _ state: LayerState, _ segment: any Segment, isObserved: Bool
+  ) -> Scores {
     let heads = segment.kvHeads
-    if let column = scorer.scoreColumn, !scorer.sharedByHeads {
-      var observed = true
-      for head in 0..<heads where segment.observed(head: head).base == nil { observed = false }
-      if observed { return .column(column) }
-    }
+    if let column = scorer.scoreColumn, !scorer.sharedByHeads, isObserved { return .column(column) }
     var stride = 0
     for head in 0..<heads { stride = max(stride, KVCache.padded(segment.slotCount(head: head))) }
     let scores = stepWeights.floats(heads * stride)
@@ -217,8 +223,8 @@ extension KVCache {
 
 extension ObservedColumns {
   private func dead(_ range: Range<Int>, _ backend: any ComputeBackend) -> Int {
-    guard let bias, !range.isEmpty else { return 0 }
-    return backend.hidden(bias + range.lowerBound, count: range.count)
+    guard let bias, range.lowerBound < min(range.upperBound, deadEnd) else { return 0 }
+    return backend.hidden(bias + range.lowerBound, count: min(range.upperBound, deadEnd) - range.lowerBound)
   }
 
   /// The slot where the first `rows` live rows end.

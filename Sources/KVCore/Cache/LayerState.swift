@@ -6,6 +6,8 @@ package final class LayerState {
   var seen = 0
   var phase = Phase.prefill
   package internal(set) var segments: [any Segment]
+  /// The plan of the last attention, where the backend keeps what it makes of it.
+  package internal(set) var plan: AttentionPlan?
   /// Queries of the newest tokens, while the policy needs them.
   var queryWindow: QueryWindow?
   /// The largest magnitudes of the prompt's queries, while a segment waits for them.

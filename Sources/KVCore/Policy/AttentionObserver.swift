@@ -130,13 +130,15 @@ public struct LatestAttention: AttentionObserver {
 }
 
 /// Where a segment keeps the columns of one head: `base[column * stride + slot]`.
-package struct ObservedColumns {
+package struct ObservedColumns: BitwiseCopyable {
   package var base: UnsafeMutablePointer<Float>?
   package var stride: Int
   package var width: Int
   package var count: Int
   package var live: Int
   package var bias: UnsafePointer<Float>?
+  /// No slot from this one on is dead.
+  package var deadEnd = Int.max
   /// Nil: `firstPosition + slot`.
   package var positions: UnsafePointer<Int32>?
   package var firstPosition: Int

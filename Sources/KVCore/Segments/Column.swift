@@ -263,7 +263,12 @@ package struct PositionColumn {
     if !consecutive {
       var column = Column<Int32>()
       try column.reserve(kept.count, backend: backend)
-      for slot in kept { column.append(Int32(self[slot])) }
+      let target = column.extend(by: kept.count)
+      if let source = explicit?.base {
+        for (i, slot) in kept.enumerated() { target[i] = source[slot] }
+      } else {
+        for (i, slot) in kept.enumerated() { target[i] = Int32(first + slot) }
+      }
       result.explicit = column
     }
     result.sortOut(kept.count)

@@ -22,6 +22,12 @@ package struct HeadRows {
 
   package func isLive(_ slot: Int) -> Bool { columns.isLive(slot) }
 
+  /// Whether a row of the tails is dead: in a group it would stretch the range of the rows that live.
+  var tailHasDead: Bool {
+    if dead == 0 { return false }
+    return (min(keys.bodyRows, values.bodyRows)..<slots).contains { !isLive($0) }
+  }
+
   /// Cuts off the newest slots, which must be in the dense tails.
   package mutating func removeLast(_ count: Int) {
     keys.removeLast(count)
@@ -61,12 +67,21 @@ package struct HeadRows {
   /// The same live rows without the dead slots, except those inside per-channel groups that still hold more live rows
   /// than their memory could hold dense.
   package func reclaimed(backend: any ComputeBackend) throws(KVError) -> HeadRows {
-    var physical = (0..<slots).map { isLive($0) }
+    var physical = [Bool](repeating: true, count: slots)
+    var live = slots
+    if let bias = columns.bias?.base {
+      for slot in 0..<slots where bias[slot] == -.infinity {
+        physical[slot] = false
+        live -= 1
+      }
+    }
     let alive = physical
     HeadRows.keepFullUnits(of: keys, alive: alive, in: &physical)
     HeadRows.keepFullUnits(of: values, alive: alive, in: &physical)
 
-    let kept = (0..<slots).filter { physical[$0] }
+    var kept: [Int] = []
+    kept.reserveCapacity(live)
+    for slot in 0..<slots where physical[slot] { kept.append(slot) }
     var result = self
     result.columns = try columns.gathered(kept, backend: backend)
     result.keys = try keys.rebuilt(physical: physical, backend: backend)

@@ -51,9 +51,7 @@ package final class RowSegment: Segment {
     targets.removeAll(keepingCapacity: true)
     do throws(KVError) {
       // Rows are written behind those that count; columns come last, when nothing but memory can still fail.
-      try reserve(count, dim: keys.dim, side: \.keys, into: &keyWrites)
-      let keyTargets = targets.count
-      try reserve(count, dim: values.dim, side: \.values, into: &valueWrites)
+      let keyTargets = try reserve(count, keyDim: keys.dim, valueDim: values.dim)
       if let fault = try backend.append(keys: keys, to: keyWrites, values: values, to: valueWrites) {
         throw error(fault, keyDim: keys.dim, valueDim: values.dim, firstPosition: firstPosition)
       }
@@ -69,20 +67,38 @@ package final class RowSegment: Segment {
   }
 
   private func reserve(_ count: Int, firstPosition: Int, observed: Int) throws(KVError) {
-    for head in heads.indices {
-      try heads[head].columns.reserve(next: firstPosition, adding: count, observed: observed, backend: backend)
+    try heads.withUnsafeMutableBufferPointer { (heads) throws(KVError) in
+      for head in heads.indices {
+        try heads[head].columns.reserve(next: firstPosition, adding: count, observed: observed, backend: backend)
+      }
     }
   }
 
-  /// Room for the next rows of one side of every head.
-  private func reserve(
-    _ count: Int, dim: Int, side: WritableKeyPath<HeadRows, RowStore>, into writes: inout [WriteTarget]
+  /// Room for the next rows of every head, keys before values; returns how many targets are of keys.
+  private func reserve(_ count: Int, keyDim: Int, valueDim: Int) throws(KVError) -> Int {
+    keyWrites.removeAll(keepingCapacity: true)
+    valueWrites.removeAll(keepingCapacity: true)
+    // One access to the heads and to each list: this is the path of every decoded token.
+    return try heads.withUnsafeMutableBufferPointer { (heads) throws(KVError) in
+      try RowSegment.reserve(count, dim: keyDim, of: heads, isKey: true, &targets, &keyWrites, backend)
+      let keyTargets = targets.count
+      try RowSegment.reserve(count, dim: valueDim, of: heads, isKey: false, &targets, &valueWrites, backend)
+      return keyTargets
+    }
+  }
+
+  private static func reserve(
+    _ count: Int, dim: Int, of heads: UnsafeMutableBufferPointer<HeadRows>, isKey: Bool, _ targets: inout [RunSlice],
+    _ writes: inout [WriteTarget], _ backend: any ComputeBackend
   ) throws(KVError) {
-    writes.removeAll(keepingCapacity: true)
-    let range = heads[0][keyPath: side].format.range(dim: dim)
+    let range = (isKey ? heads[0].keys.format : heads[0].values.format).range(dim: dim)
     for head in heads.indices {
       let before = targets.count
-      try heads[head][keyPath: side].reserve(count, backend: backend, into: &targets)
+      if isKey {
+        try heads[head].keys.reserve(count, backend: backend, into: &targets)
+      } else {
+        try heads[head].values.reserve(count, backend: backend, into: &targets)
+      }
       var token = 0
       for index in before..<targets.count {
         writes.append(WriteTarget(head: head, token: token, slice: targets[index], range: range))
@@ -109,21 +125,25 @@ package final class RowSegment: Segment {
   }
 
   private func commit(_ count: Int, firstPosition: Int, keyTargets: Int, observed: [Float]) {
-    var key = 0
-    var value = keyTargets
-    for head in heads.indices {
-      let keyEnd = end(of: count, from: key)
-      heads[head].keys.commit(targets[key..<keyEnd])
-      key = keyEnd
-      let valueEnd = end(of: count, from: value)
-      heads[head].values.commit(targets[value..<valueEnd])
-      value = valueEnd
-      heads[head].columns.append(next: firstPosition, adding: count, observed: observed)
+    targets.withUnsafeBufferPointer { targets in
+      heads.withUnsafeMutableBufferPointer { heads in
+        var key = 0
+        var value = keyTargets
+        for head in heads.indices {
+          let keyEnd = RowSegment.end(of: count, from: key, targets)
+          heads[head].keys.commit(UnsafeBufferPointer(rebasing: targets[key..<keyEnd]))
+          key = keyEnd
+          let valueEnd = RowSegment.end(of: count, from: value, targets)
+          heads[head].values.commit(UnsafeBufferPointer(rebasing: targets[value..<valueEnd]))
+          value = valueEnd
+          heads[head].columns.append(next: firstPosition, adding: count, observed: observed)
+        }
+      }
     }
   }
 
   /// Index behind the targets that hold `count` rows from `start` on.
-  private func end(of count: Int, from start: Int) -> Int {
+  private static func end(of count: Int, from start: Int, _ targets: UnsafeBufferPointer<RunSlice>) -> Int {
     var index = start
     var left = count
     while left > 0 {
@@ -197,16 +217,15 @@ package final class RowSegment: Segment {
 
   /// - Parameters: whether the batch of a side has all rows it will get.
   private func settle(keysEnd: Bool, valuesEnd: Bool) throws(KVError) {
-    for head in heads.indices {
-      let due = rowsToFlush(heads[head].keys, keysEnd) + rowsToFlush(heads[head].values, valuesEnd)
-      if due > 0, tailHasDead(head) { heads[head] = try heads[head].reclaimed(backend: backend) }
-      try heads[head].keys.flush(batchEnds: keysEnd, backend: backend)
-      try heads[head].values.flush(batchEnds: valuesEnd, backend: backend)
+    try heads.withUnsafeMutableBufferPointer { (heads) throws(KVError) in
+      for head in heads.indices {
+        let due = (heads[head].keys.due(batchEnds: keysEnd), heads[head].values.due(batchEnds: valuesEnd))
+        if due == (0, 0) { continue }
+        if heads[head].tailHasDead { heads[head] = try heads[head].reclaimed(backend: backend) }
+        try heads[head].keys.flush(batchEnds: keysEnd, backend: backend)
+        try heads[head].values.flush(batchEnds: valuesEnd, backend: backend)
+      }
     }
-  }
-
-  private func rowsToFlush(_ store: RowStore, _ batchEnds: Bool) -> Int {
-    store.format.rowsToFlush(tail: store.tailRows, dim: store.dim, batchEnds: batchEnds)
   }
 
   package var wantsQueries: Bool {
@@ -235,14 +254,6 @@ package final class RowSegment: Segment {
       changed = true
     }
     return changed
-  }
-
-  /// A dead row must not enter a group: it would stretch the range of the rows that live.
-  private func tailHasDead(_ head: Int) -> Bool {
-    let rows = heads[head]
-    if rows.dead == 0 { return false }
-    let start = min(rows.keys.bodyRows, rows.values.bodyRows)
-    return (start..<rows.slots).contains { !rows.isLive($0) }
   }
 
   package func prepareDrop(_ slots: [[Int]]) throws(KVError) {
@@ -300,16 +311,42 @@ package final class RowSegment: Segment {
 
   package func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan) {
     if range.isEmpty { return }
-    let rows = heads[head]
     let keyStart = plan.slices.count
-    rows.keys.slices(range, into: &plan.slices)
+    heads[head].keys.slices(range, into: &plan.slices)
     let valueStart = plan.slices.count
-    rows.values.slices(range, into: &plan.slices)
+    heads[head].values.slices(range, into: &plan.slices)
     var work = RowsWork(
       kvHead: head, count: range.count, keys: keyStart..<valueStart, values: valueStart..<plan.slices.count,
       shift: shift)
-    rows.columns.carry(range, to: &work)
+    heads[head].columns.carry(range, to: &work)
+    if range.count == heads[head].slots, backend.keepsPlans {
+      work.structure = (heads[head].keys.structure, heads[head].values.structure)
+      work.frozen = (heads[head].keys.frozenSlices, heads[head].values.frozenSlices)
+    }
     plan.rows.append(work)
+  }
+
+  package func describeAgain(first: Int, stride: Int, in plan: AttentionPlan) -> Bool {
+    // In place: copies of heads would count the owners of their memory, for every token.
+    heads.withUnsafeBufferPointer { heads in
+      plan.rows.withUnsafeMutableBufferPointer { rows in
+        plan.slices.withUnsafeMutableBufferPointer { slices in
+          for head in heads.indices {
+            let index = first + head * stride
+            let (keys, values) = rows[index].structure
+            guard keys != 0, values != 0, heads[head].keys.structure == keys, heads[head].values.structure == values,
+              heads[head].keys.describeAgain(
+                frozen: rows[index].frozen.keys, in: .init(rebasing: slices[rows[index].keys])),
+              heads[head].values.describeAgain(
+                frozen: rows[index].frozen.values, in: .init(rebasing: slices[rows[index].values]))
+            else { return false }
+            rows[index].count = heads[head].slots
+            heads[head].columns.carry(0..<heads[head].slots, to: &rows[index])
+          }
+          return true
+        }
+      }
+    }
   }
 
   package func readKeys(head: Int, range: Range<Int>, into destination: UnsafeMutablePointer<Float>) {

@@ -75,16 +75,18 @@ private struct PieceList {
   mutating func append(
     flagged: ArraySlice<Bool>, of run: RowRun, first: Int, as encoding: RowEncoding, map: RowMap?
   ) {
-    var index = flagged.startIndex
-    while index < flagged.endIndex {
-      guard flagged[index] else {
-        index += 1
-        continue
+    flagged.withUnsafeBufferPointer { flags in
+      var index = 0
+      while index < flags.count {
+        guard flags[index] else {
+          index += 1
+          continue
+        }
+        var end = index
+        while end < flags.count, flags[end] { end += 1 }
+        add(run, first + index, end - index, encoding, map)
+        index = end
       }
-      var end = index
-      while end < flagged.endIndex, flagged[end] { end += 1 }
-      add(run, first + index - flagged.startIndex, end - index, encoding, map)
-      index = end
     }
   }
 

@@ -1,3 +1,5 @@
+internal import Synchronization
+
 /// Consecutive rows of one side of one head in one encoding and one buffer.
 ///
 /// ```
@@ -45,7 +47,19 @@ package struct RowStore {
 
   package let dim: Int
   package let format: SideFormat
-  package internal(set) var extents: ContiguousArray<Extent> = []
+  /// Changes to the list count as changes of structure, whatever they are.
+  package internal(set) var extents: ContiguousArray<Extent> {
+    _read { yield list }
+    _modify {
+      structure = RowStore.nextStructure()
+      yield &list
+    }
+  }
+  private var list: ContiguousArray<Extent> = []
+  /// Says, as long as it is the same, that the store has the same extents, and that those before `frozenExtents` hold the
+  /// same rows: what was described of them stays true. No two stores have the same number, but for copies of one. 0: says
+  /// nothing.
+  package private(set) var structure: UInt64 = 0
   package internal(set) var bodyExtents = 0
   package internal(set) var bodyRows = 0
   package internal(set) var rows = 0
@@ -67,6 +81,13 @@ package struct RowStore {
     self.fixedMap = format.map.isNone ? nil : fixedMap ?? RowMap(fixed: FixedMap(format.map, dim: dim))
   }
 
+  private static func nextStructure() -> UInt64 {
+    structures.wrappingAdd(1, ordering: .relaxed).newValue
+  }
+
+  /// Extents whose rows no token changes that is appended, or that goes from the tail into the body.
+  package var frozenExtents: Int { bodyExtents > 0 ? bodyExtents - 1 : max(list.count - 1, 0) }
+
   package var tailRows: Int { rows - bodyRows }
   /// Rows of room a new dense extent has at least.
   private var growth: Int { isSparse ? rows == 0 ? 1 : min(format.growth, max(8, rows / 8)) : format.growth }
@@ -80,13 +101,10 @@ package struct RowStore {
     _ count: Int, backend: any ComputeBackend, into targets: inout [RunSlice]
   ) throws(KVError) {
     var left = count
-    if let last = extents.indices.last, last >= bodyExtents, extents[last].room > 0,
-      isKnownUniquelyReferenced(&extents[last].buffer)
-    {
-      let taken = min(left, extents[last].room)
-      targets.append(
-        RunSlice(
-          run: extents[last].run(dim: dim), first: extents[last].first + extents[last].rows, count: taken))
+    let last = list.count - 1
+    if last >= bodyExtents, list[last].room > 0, isKnownUniquelyReferenced(&list[last].buffer) {
+      let taken = min(left, list[last].room)
+      targets.append(RunSlice(run: list[last].run(dim: dim), first: list[last].first + list[last].rows, count: taken))
       left -= taken
     }
     while left > 0 {
@@ -102,10 +120,15 @@ package struct RowStore {
 
   /// Makes the reserved rows part of the store. `targets` are the slices `reserve` returned.
   package mutating func commit(_ targets: ArraySlice<RunSlice>) {
-    var index = extents.count - 1
-    for target in targets.reversed() {
-      extents[index].rows += target.count
-      rows += target.count
+    targets.withUnsafeBufferPointer { commit($0) }
+  }
+
+  mutating func commit(_ targets: UnsafeBufferPointer<RunSlice>) {
+    // Rows at the end of the last extent, and extents that `reserve` has made known.
+    var index = list.count - 1
+    for target in stride(from: targets.count - 1, through: 0, by: -1) {
+      list[index].rows += targets[target].count
+      rows += targets[target].count
       index -= 1
     }
     reservedExtents = 0
@@ -113,7 +136,7 @@ package struct RowStore {
 
   /// Gives back what `reserve` allocated and nobody committed.
   package mutating func cancelReservation() {
-    extents.removeLast(reservedExtents)
+    if reservedExtents > 0 { extents.removeLast(reservedExtents) }
     reservedExtents = 0
   }
 
@@ -195,7 +218,7 @@ package struct RowStore {
   func forEachSlice(_ range: Range<Int>, _ body: (RunSlice) -> Void) {
     if range.isEmpty { return }
     // In place: a copy of an extent would count the owners of its memory up and down, for every slice of every token.
-    extents.withUnsafeBufferPointer { extents in
+    list.withUnsafeBufferPointer { extents in
       var start = 0
       for index in extents.indices {
         let rows = extents[index].rows
@@ -212,6 +235,26 @@ package struct RowStore {
     }
   }
 
+  /// How many slices of all rows come before those of `frozenExtents`.
+  package var frozenSlices: Int {
+    var count = 0
+    for index in 0..<frozenExtents where list[index].rows > 0 { count += 1 }
+    return count
+  }
+
+  /// Writes the slices of the last extents over those of an earlier description of the same structure, in which `frozen`
+  /// of `slices` come before them. False when their number is another.
+  package func describeAgain(frozen: Int, in slices: UnsafeMutableBufferPointer<RunSlice>) -> Bool {
+    var next = frozen
+    for index in frozenExtents..<list.count where list[index].rows > 0 {
+      if next == slices.count { return false }
+      slices[next].first = list[index].first
+      slices[next].count = list[index].rows
+      next += 1
+    }
+    return next == slices.count
+  }
+
   package func slices(_ range: Range<Int>) -> [RunSlice] {
     var result: ContiguousArray<RunSlice> = []
     slices(range, into: &result)
@@ -220,11 +263,14 @@ package struct RowStore {
 
   // MARK: Moving rows from the tail into the body
 
+  /// Tail rows that are due to be encoded.
+  func due(batchEnds: Bool) -> Int { format.rowsToFlush(tail: tailRows, dim: dim, batchEnds: batchEnds) }
+
   /// Encodes what is due, one batch at a time: numbers per channel never depend on how many tokens came at once.
   ///
   /// - Parameter batchEnds: no more rows belong together with those there are.
   package mutating func flush(batchEnds: Bool, backend: any ComputeBackend) throws(KVError) {
-    var due = format.rowsToFlush(tail: tailRows, dim: dim, batchEnds: batchEnds)
+    var due = due(batchEnds: batchEnds)
     while due > 0 {
       let count = batchEnds ? due : min(due, format.batch)
       try encodeTail(count, backend: backend)
@@ -243,10 +289,10 @@ package struct RowStore {
     let map = try mapForTail(count, encoding, backend: backend)
     var fresh: [Extent] = []
     var appended = 0
-    if bodyExtents > 0, extents[bodyExtents - 1].encoding == encoding, extents[bodyExtents - 1].map === map,
-      encoding.rowsPerUnit == 1, isKnownUniquelyReferenced(&extents[bodyExtents - 1].buffer)
+    if bodyExtents > 0, list[bodyExtents - 1].encoding == encoding, list[bodyExtents - 1].map === map,
+      encoding.rowsPerUnit == 1, isKnownUniquelyReferenced(&list[bodyExtents - 1].buffer)
     {
-      appended = min(count, extents[bodyExtents - 1].room)
+      appended = min(count, list[bodyExtents - 1].room)
     }
     var left = count - appended
     let unit = encoding.rowsPerUnit
@@ -262,15 +308,22 @@ package struct RowStore {
 
     var next = bodyRows
     if appended > 0 {
-      let extent = extents[bodyExtents - 1]
-      let target = extent.run(dim: dim)
-      var row = extent.first + extent.rows
+      let target = list[bodyExtents - 1].run(dim: dim)
+      var row = list[bodyExtents - 1].first + list[bodyExtents - 1].rows
       // Slice by slice without a list: this is the path of every decoded token.
-      forEachSlice(next..<next + appended) { slice in
-        withUnsafePointer(to: slice) {
-          backend.transcode(UnsafeBufferPointer(start: $0, count: 1), to: target, row: row)
+      var left = appended
+      var index = bodyExtents
+      while left > 0 {
+        let slice = RunSlice(
+          run: list[index].run(dim: dim), first: list[index].first, count: min(left, list[index].rows))
+        if slice.count > 0 {
+          withUnsafePointer(to: slice) {
+            backend.transcode(UnsafeBufferPointer(start: $0, count: 1), to: target, row: row)
+          }
         }
         row += slice.count
+        left -= slice.count
+        index += 1
       }
       next += appended
     }
@@ -281,7 +334,7 @@ package struct RowStore {
       next += taken
     }
 
-    if appended > 0 { extents[bodyExtents - 1].rows += appended }
+    if appended > 0 { list[bodyExtents - 1].rows += appended }
     removeTailFront(count)
     if !fresh.isEmpty {
       extents.insert(contentsOf: fresh, at: bodyExtents)
@@ -295,17 +348,17 @@ package struct RowStore {
   /// Forgets the oldest `count` tail rows; their extents are freed or, when small, kept for the next rows.
   mutating func removeTailFront(_ count: Int) {
     var left = count
+    // Without a body these are rows that were to stay.
+    if bodyExtents == 0, left > 0 { structure = RowStore.nextStructure() }
     while left > 0 {
-      let taken = min(left, extents[bodyExtents].rows)
-      extents[bodyExtents].first += taken
-      extents[bodyExtents].rows -= taken
+      let taken = min(left, list[bodyExtents].rows)
+      list[bodyExtents].first += taken
+      list[bodyExtents].rows -= taken
       left -= taken
-      if extents[bodyExtents].rows > 0 { break }
-      let isLast = bodyExtents == extents.count - 1
-      if isLast, extents[bodyExtents].capacity <= keptRoom,
-        isKnownUniquelyReferenced(&extents[bodyExtents].buffer)
-      {
-        extents[bodyExtents].first = 0
+      if list[bodyExtents].rows > 0 { break }
+      let isLast = bodyExtents == list.count - 1
+      if isLast, list[bodyExtents].capacity <= keptRoom, isKnownUniquelyReferenced(&list[bodyExtents].buffer) {
+        list[bodyExtents].first = 0
       } else {
         extents.remove(at: bodyExtents)
       }
@@ -315,7 +368,8 @@ package struct RowStore {
 
   /// Copies a tail that rattles in a large extent (what is left of a prompt) into one of the right size.
   private mutating func repackTail(backend: any ComputeBackend) throws(KVError) {
-    let held = extents[bodyExtents...].reduce(0) { $0 + $1.capacity }
+    var held = 0
+    for index in bodyExtents..<list.count { held += list[index].capacity }
     if held <= format.tailCapacity(rows: tailRows) { return }
     var packed = RowStore(dim: dim, format: format, fixedMap: fixedMap)
     var targets: [RunSlice] = []
@@ -370,3 +424,6 @@ package struct RowStore {
     rows = extents.reduce(0) { $0 + $1.rows }
   }
 }
+
+/// Numbers for structures of stores.
+private let structures = Atomic<UInt64>(0)

@@ -60,6 +60,9 @@ package protocol Segment: AnyObject {
 
   /// Describes the slots of a head in `range` to an attention plan.
   func describe(head: Int, range: Range<Int>, shift: Int, in plan: AttentionPlan)
+  /// Brings the description of all slots of every head, which an earlier call made of this segment, up to date: that of head
+  /// h is `plan.rows[first + h * stride]`. False where that is not enough; the plan is of no account then.
+  func describeAgain(first: Int, stride: Int, in plan: AttentionPlan) -> Bool
 
   /// What was observed of a head's slots: where the columns are. They may be written after `prepareObserved`.
   func observed(head: Int) -> ObservedColumns
@@ -121,6 +124,7 @@ package protocol Segment: AnyObject {
 extension Segment {
   package var largestTaken: (keys: Float, values: Float) { (.greatestFiniteMagnitude, .greatestFiniteMagnitude) }
   package var largestHeld: (keys: Float, values: Float) { (.greatestFiniteMagnitude, .greatestFiniteMagnitude) }
+  package func describeAgain(first: Int, stride: Int, in plan: AttentionPlan) -> Bool { false }
   package func reclaimInPlace() throws(KVError) { try reclaim(eager: true) }
   package var dropsInPlace: Bool { false }
   package func prepareDrop() throws(KVError) {}

@@ -12,7 +12,9 @@ package struct SlotColumns {
   package var bias: Column<Float>?
   package var observed: Column<Float>?
   package var counts: Column<UInt32>?
-  package var dead = 0
+  package var dead = 0 { didSet { deadEnd = dead == 0 ? 0 : .max } }
+  /// No slot from this one on is dead.
+  package private(set) var deadEnd = 0
   /// Whether a log bias may be other than 0 and minus infinity.
   package var weighs = false
 
@@ -115,7 +117,9 @@ package struct SlotColumns {
   package mutating func drop(_ slot: Int) {
     if bias![slot] == -.infinity { return }
     bias!.set(slot, -.infinity)
+    let end = max(deadEnd, slot + 1)
     dead += 1
+    deadEnd = end
   }
 
   package mutating func removeLast(_ removed: Int) {
@@ -130,9 +134,14 @@ package struct SlotColumns {
   package func gathered(_ kept: [Int], backend: any ComputeBackend) throws(KVError) -> SlotColumns {
     var result = SlotColumns()
     result.positions = try positions.gathered(kept, backend: backend)
-    result.dead = dead == 0 ? 0 : kept.count { !isLive($0) }
+    if dead > 0 {
+      let lost = kept.count { !isLive($0) }
+      if lost > 0 { result.dead = lost }
+    }
     result.weighs = weighs
-    if let bias, kept.contains(where: { bias[$0] != 0 }) { result.bias = try bias.gathered(kept, backend: backend) }
+    if let bias, weighs || result.dead > 0, kept.contains(where: { bias[$0] != 0 }) {
+      result.bias = try bias.gathered(kept, backend: backend)
+    }
     if let observed { result.observed = try observed.gathered(kept, backend: backend) }
     if let counts, kept.contains(where: { counts[$0] != 1 }) {
       result.counts = try counts.gathered(kept, backend: backend)
@@ -204,7 +213,7 @@ package struct SlotColumns {
   package var observedColumns: ObservedColumns {
     ObservedColumns(
       base: observed?.base, stride: observed?.capacity ?? 0, width: observed?.width ?? 0, count: count, live: live,
-      bias: dead > 0 ? bias?.base.map { UnsafePointer($0) } : nil,
+      bias: dead > 0 ? bias?.base.map { UnsafePointer($0) } : nil, deadEnd: deadEnd,
       positions: positions.explicit?.base.map { UnsafePointer($0) }, firstPosition: positions.first)
   }
 
@@ -254,6 +263,7 @@ package struct SlotColumns {
   package func checkInvariants() {
     checkOrder()
     let counted = (0..<count).count { !isLive($0) }
+    precondition((0..<count).allSatisfy { $0 < deadEnd || isLive($0) }, "a dead slot behind slot \(deadEnd)")
     precondition(counted == dead, "\(counted) dead slots, counter says \(dead)")
     precondition(bias.map { $0.count == count } ?? true, "one bias per slot")
     precondition(
@@ -305,6 +315,8 @@ extension SlotColumns {
     self.init()
     let slots = try reader.count("slots", in: 0...tokensSeen)
     dead = try reader.count("dead slots", in: 0...slots)
+    // Initialisers do not tell observers.
+    deadEnd = dead == 0 ? 0 : .max
     positions = try PositionColumn(from: &reader, count: slots, tokensSeen: tokensSeen, backend: backend)
     var (hidden, weighed) = (0, false)
     if try reader.bool("whether there are log biases") {

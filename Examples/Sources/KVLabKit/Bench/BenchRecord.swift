@@ -23,6 +23,10 @@ package struct BenchRecord: Sendable {
   package var processorSeconds: Double?
   /// Of a factorisation, over the least there is.
   package var errorOverBest: Double?
+  /// Of decoding on a driver that does nothing: the share of steps in which nothing came from the heap.
+  package var stepsWithoutAllocation: Double?
+  /// Likewise, calls for one layer and token: launches, copies, waits, questions after an address, allocations.
+  package var driverCalls: [Double]?
 
   package init(
     name: String, store: String, tokens: Int, queries: Int, threads: Int, seconds: [Double], bytes: Int,
@@ -73,6 +77,8 @@ package struct BenchRecord: Sendable {
       .init("repeats", .integer(seconds.count)),
       .init("processorMilliseconds", processorSeconds.map { .number($0 * 1e3) } ?? .null),
       .init("errorOverBest", errorOverBest.map { .number($0) } ?? .null),
+      .init("stepsWithoutAllocation", stepsWithoutAllocation.map { .number($0) } ?? .null),
+      .init("driverCalls", driverCalls.map { .array($0.map { .number($0) }) } ?? .null),
     ])
   }
 

@@ -83,6 +83,7 @@ package final class Benchmark {
       try pairedLayers(tokens: 32768, machine)
       // Many sequences in one call are what a card is measured by.
       if options.backend == .cuda { try batch(tokens: min(options.contexts.max() ?? 0, 32768), machine) }
+      for tokens in options.contexts { try hostTime(tokens: tokens, machine) }
       progress.advance("append, \(threads) threads")
       try appending(machine)
       progress.advance("SnapKV, \(threads) threads")
