@@ -346,57 +346,73 @@ CKV_INLINE void channel_logits(const ckv_run *run, const uint32_t bits, const ui
   }
 }
 
-/* All m query rows, eight columns at a time and the rest, over parts of the rows that stay in the cache meanwhile. */
-CKV_INLINE void channel_logits_all(const ckv_run *run, const uint32_t bits, const uint32_t digits, const uint32_t type,
-                                   uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
-                                   float scale, float *out, size_t ld, float *scratch) {
+/* A function for every width, number of digits and number of query rows; one digit is for metadata in f16 only. Together
+ * they would be functions that compilers, with sanitizers above all, take minutes for. */
+typedef void logits_of_rows(const ckv_run *run, uint32_t first, uint32_t count, const float *q, size_t q_stride,
+                            float scale, float *out, size_t ld, float *scratch);
+
+#define CKV_ROWS(bits, digits, nq)                                                                                   \
+  static __attribute__((noinline)) void logits_##bits##_##digits##_##nq(                                             \
+      const ckv_run *run, uint32_t first, uint32_t count, const float *q, size_t q_stride, float scale, float *out,  \
+      size_t ld, float *scratch) {                                                                                   \
+    if (digits == 1 || run->dtype == CKV_F16)                                                                        \
+      channel_logits(run, bits, digits, CKV_F16, first, count, q, nq, q_stride, scale, out, ld, scratch);            \
+    else channel_logits(run, bits, digits, run->dtype, first, count, q, nq, q_stride, scale, out, ld, scratch);      \
+  }
+#define CKV_FEW_ROWS(bits, digits) \
+  CKV_ROWS(bits, digits, 1) CKV_ROWS(bits, digits, 2) CKV_ROWS(bits, digits, 3) CKV_ROWS(bits, digits, 4)
+#define CKV_BITS(bits) CKV_FEW_ROWS(bits, 1) CKV_ROWS(bits, 1, 8) CKV_FEW_ROWS(bits, 2)
+CKV_BITS(2)
+CKV_BITS(3)
+CKV_BITS(4)
+CKV_BITS(8)
+
+/* All m query rows, eight columns at a time and the rest, over parts of the rows that stay in the cache meanwhile.
+ * rows[n]: the function for n query rows, or for 8 at 0. */
+static void logits_all(logits_of_rows *const rows[5], const uint32_t digits, const ckv_run *run, uint32_t first,
+                       uint32_t count, const float *q, uint32_t m, size_t q_stride, float scale, float *out, size_t ld,
+                       float *scratch) {
   const uint32_t part = m <= v_rows_together(digits) ? count : 256;
   for (uint32_t i = 0, n; i < count; i += n) {
     n = ckv_min_u32(part, count - i);
     for (uint32_t j = 0, nq; j < m; j += nq) {
       nq = digits == 1 && m - j >= 8 ? 8 : ckv_min_u32(4, m - j);
-      const float *y = q + j * q_stride;
-      float *to = out + j * ld + i;
-#define CKV_CALL(nq) channel_logits(run, bits, digits, type, first + i, n, y, nq, q_stride, scale, to, ld, scratch)
-      switch (nq) {
-        case 1: CKV_CALL(1); break;
-        case 2: CKV_CALL(2); break;
-        case 3: CKV_CALL(3); break;
-        case 4: CKV_CALL(4); break;
-        default: CKV_CALL(digits == 1 ? 8 : 4); break;
-      }
-#undef CKV_CALL
+      rows[nq % 8](run, first + i, n, q + j * q_stride, q_stride, scale, out + j * ld + i, ld, scratch);
     }
   }
 }
 
-#define CKV_BITS(bits, digits)                                                                                       \
-  static __attribute__((noinline)) void logits_##bits##_##digits(                                                    \
-      const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride, float scale,  \
-      float *out, size_t ld, float *scratch) {                                                                       \
-    if (run->dtype == CKV_F16)                                                                                       \
-      channel_logits_all(run, bits, digits, CKV_F16, first, count, q, m, q_stride, scale, out, ld, scratch);         \
-    else                                                                                                             \
-      channel_logits_all(run, bits, digits, run->dtype, first, count, q, m, q_stride, scale, out, ld, scratch);      \
-  }
-#define CKV_ALL_BITS(digits) CKV_BITS(2, digits) CKV_BITS(3, digits) CKV_BITS(4, digits) CKV_BITS(8, digits)
-CKV_ALL_BITS(1)
-CKV_ALL_BITS(2)
+#define CKV_TABLE(bits, digits, eight) \
+  {eight, logits_##bits##_##digits##_1, logits_##bits##_##digits##_2, logits_##bits##_##digits##_3, \
+   logits_##bits##_##digits##_4}
+static logits_of_rows *const one_digit[4][5] = {CKV_TABLE(2, 1, logits_2_1_8), CKV_TABLE(3, 1, logits_3_1_8),
+                                                CKV_TABLE(4, 1, logits_4_1_8), CKV_TABLE(8, 1, logits_8_1_8)};
+static logits_of_rows *const two_digits[4][5] = {CKV_TABLE(2, 2, NULL), CKV_TABLE(3, 2, NULL), CKV_TABLE(4, 2, NULL),
+                                                 CKV_TABLE(8, 2, NULL)};
 
-#define CKV_LOGITS(name, digits)                                                                                     \
-  void name(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,         \
-            float scale, float *out, size_t ld, float *scratch) {                                                    \
-    if (ckv_blocks_logits(run, digits, first, count, q, m, q_stride, scale, out, ld, scratch)) return;               \
-    if (run->kind != CKV_AFFINE_CHANNEL)                                                                             \
-      ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);                                 \
-    else if (count == 0 || m == 0) return;                                                                           \
-    else if (run->bits == 2) logits_2_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);          \
-    else if (run->bits == 3) logits_3_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);          \
-    else if (run->bits == 4) logits_4_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);          \
-    else logits_8_##digits(run, first, count, q, m, q_stride, scale, out, ld, scratch);                              \
+static void logits_digits(const uint32_t digits, const ckv_run *run, uint32_t first, uint32_t count, const float *q,
+                          uint32_t m, size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
+  if (ckv_blocks_logits(run, digits, first, count, q, m, q_stride, scale, out, ld, scratch)) return;
+  if (run->kind != CKV_AFFINE_CHANNEL) {
+    ckv_avx512.logits(run, first, count, q, m, q_stride, scale, out, ld, scratch);
+    return;
   }
-CKV_LOGITS(ckv_logits_vnni, 2)
-CKV_LOGITS(ckv_logits_vnni_digit, 1)
+  if (count == 0 || m == 0) return;
+  const uint32_t width = run->bits == 8 ? 3 : run->bits - 2;
+  if (digits == 1 && run->dtype == CKV_F16)
+    logits_all(one_digit[width], 1, run, first, count, q, m, q_stride, scale, out, ld, scratch);
+  else logits_all(two_digits[width], 2, run, first, count, q, m, q_stride, scale, out, ld, scratch);
+}
+
+void ckv_logits_vnni(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m, size_t q_stride,
+                     float scale, float *out, size_t ld, float *scratch) {
+  logits_digits(2, run, first, count, q, m, q_stride, scale, out, ld, scratch);
+}
+
+void ckv_logits_vnni_digit(const ckv_run *run, uint32_t first, uint32_t count, const float *q, uint32_t m,
+                           size_t q_stride, float scale, float *out, size_t ld, float *scratch) {
+  logits_digits(1, run, first, count, q, m, q_stride, scale, out, ld, scratch);
+}
 
 #pragma clang attribute pop
 #endif

@@ -28,8 +28,8 @@ public enum AttentionProducts: String, Sendable, Hashable, CaseIterable {
   ///   for each of its terms, times the code counted from the middle of the codes. Minima and the middles of codes are
   ///   added in f32, whatever was rounded.
   ///
-  /// This allows fewer bits and promises none: kernels without such a form (rows of f32 and FP8, head sizes that do not
-  /// consist of whole groups) stay exact.
+  /// This allows fewer bits and promises none: kernels without such a form (rows of f32 and FP8, channels with other
+  /// metadata than f16, head sizes that do not consist of whole groups) stay exact.
   case bf16
 }
 
