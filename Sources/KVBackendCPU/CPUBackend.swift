@@ -16,7 +16,7 @@ public enum AttentionProducts: String, Sendable, Hashable, CaseIterable {
   /// Exact rows and f32 products. Where rows are codes, queries and weights may be 16-bit fixed point: off by at most
   /// 2^-16 of the largest of them for each.
   case f32
-  /// Eight significant bits, in about half the time for many query rows, for an output that is off by a few tenths of a
+  /// Eight significant bits, in about half the time for many query rows, for an output that is off by about a
   /// percent. Sums are as exact as before.
   ///
   /// - Rows of f16 and bf16 that meet twelve query rows of a KV head at least (prefill, drafts, window scores, several

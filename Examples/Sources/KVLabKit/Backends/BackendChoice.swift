@@ -18,8 +18,9 @@ package enum BackendChoice: String, Sendable, Hashable, CaseIterable {
     }
   }
 
-  /// How far its attention may be from that of the portable kernels, in relation to its length.
-  var tolerance: Double { self == .cpuBF16 ? 0x1p-7 : 1e-4 }
+  /// How far its attention may be from that of the portable kernels, in relation to its length. Outputs of random values
+  /// mostly cancel, what rounding weights to eight bits costs does not.
+  var tolerance: Double { self == .cpuBF16 ? 0x1p-5 : 1e-4 }
 
   /// What its benchmark divides by.
   func probe(_ backend: Backend) throws(KVError) -> any BandwidthProbe {
