@@ -20,7 +20,8 @@ struct Matrix: Sendable {
 /// y = x Wᵀ, or y += x Wᵀ: the one matrix product of a forward pass.
 ///
 /// BLAS stays on the thread that calls it: its own threads would share out the work by how many there happen to be, and
-/// the sums with it. The pieces here depend on the shape alone, so a pass gives the same bits every time.
+/// the sums with it. A forward pass is a `withSerialBLAS` of its own, and the pieces here depend on the shape alone, so it
+/// gives the same bits every time.
 enum LinearAlgebra {
   /// Rows of x in a piece of a product of many, and outputs in one of a single row.
   private static let rowsAtATime = 64
@@ -46,19 +47,17 @@ enum LinearAlgebra {
         y.withUnsafeMutableBufferPointer { y in
           // Each piece writes rows or outputs of its own, and the call waits for all of them.
           nonisolated(unsafe) let (x, w, y) = (x.baseAddress!, weights.baseAddress!, y.baseAddress!)
-          withSerialBLAS {
-            pieces((total + size - 1) / size) { piece in
-              let first = piece * size
-              let count = Int32(min(size, total - first))
-              if n == 1 {
-                cblas_sgemv(
-                  CblasRowMajor, CblasNoTrans, count, inputs, 1, w + first * weight.columns, inputs, x, 1, beta,
-                  y + first, 1)
-              } else {
-                cblas_sgemm(
-                  CblasRowMajor, CblasNoTrans, CblasTrans, count, Int32(weight.rows), inputs, 1,
-                  x + first * weight.columns, inputs, w, inputs, beta, y + first * weight.rows, Int32(weight.rows))
-              }
+          pieces((total + size - 1) / size) { piece in
+            let first = piece * size
+            let count = Int32(min(size, total - first))
+            if n == 1 {
+              cblas_sgemv(
+                CblasRowMajor, CblasNoTrans, count, inputs, 1, w + first * weight.columns, inputs, x, 1, beta,
+                y + first, 1)
+            } else {
+              cblas_sgemm(
+                CblasRowMajor, CblasNoTrans, CblasTrans, count, Int32(weight.rows), inputs, 1,
+                x + first * weight.columns, inputs, w, inputs, beta, y + first * weight.rows, Int32(weight.rows))
             }
           }
         }

@@ -11,7 +11,6 @@ extension InferenceSession {
   ///   the cache holds the tokens in some layers only: the sequence is lost.
   public func forward(_ tokens: [Int], logits rows: LogitRows = .last) throws(KVError) -> [Float] {
     try check(tokens)
-    let config = model.config
     let n = tokens.count
     guard n >= 1 else { throw KVError(.invalidOption, "a forward pass takes at least 1 token; got 0") }
     let first = position
@@ -20,6 +19,13 @@ extension InferenceSession {
         .unsupported, "a chunk of \(n) tokens; at most \(Workspace.longestChunk) in one pass", position: first)
     }
     workspace.reserve(n)
+    return try withSerialBLAS { () throws(KVError) in try pass(tokens, logits: rows) }
+  }
+
+  private func pass(_ tokens: [Int], logits rows: LogitRows) throws(KVError) -> [Float] {
+    let config = model.config
+    let n = tokens.count
+    let first = position
     embed(tokens)
     let angles = try RotaryRows(config.rotary, firstPosition: first, tokens: n)
     for layer in 0..<config.layerCount {
