@@ -40,13 +40,13 @@ extension CPUBackend {
   private func read(
     _ slices: [RunSlice], _ range: Range<Int>, dim: Int, into target: UnsafeMutablePointer<Float>
   ) {
-    pieces(slices, range) { slice, offset in read(slice, into: target + offset * dim, stride: dim) }
+    slices.forEachPart(in: range) { slice, offset in read(slice, into: target + offset * dim, stride: dim) }
   }
 
   private func write(
     _ rows: UnsafeMutablePointer<Float>, dim: Int, to slices: [RunSlice], _ range: Range<Int>
   ) {
-    pieces(slices, range) { slice, offset in
+    slices.forEachPart(in: range) { slice, offset in
       let source = RunSlice(
         run: RowRun(
           encoding: .dense(.f32), dim: dim, capacity: slice.count, base: UnsafeMutableRawPointer(rows + offset * dim)),
@@ -54,22 +54,6 @@ extension CPUBackend {
       withUnsafePointer(to: source) {
         transcode(UnsafeBufferPointer(start: $0, count: 1), to: slice.run, row: slice.first)
       }
-    }
-  }
-
-  /// Calls `body` with what lies in `range` of each slice, and its offset there.
-  private func pieces(_ slices: [RunSlice], _ range: Range<Int>, _ body: (RunSlice, Int) -> Void) {
-    var start = 0
-    for slice in slices {
-      let end = start + slice.count
-      let low = max(start, range.lowerBound)
-      let high = min(end, range.upperBound)
-      if low < high {
-        body(
-          RunSlice(run: slice.run, first: slice.first + low - start, count: high - low), low - range.lowerBound)
-      }
-      start = end
-      if start >= range.upperBound { return }
     }
   }
 }

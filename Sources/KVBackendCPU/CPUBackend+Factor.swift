@@ -102,18 +102,11 @@ extension CPUBackend {
         let size = latents[i].isNaN ? .infinity : abs(latents[i])
         result.largest = size > result.largest ? size : result.largest
       }
-      var start = 0
-      for target in projection.targets {
-        let low = max(start, rows.lowerBound)
-        let high = min(start + target.count, rows.upperBound)
-        if low < high {
-          let type = target.run.encoding.type
-          kernels.pointee.convert!(
-            target.run.base + (target.first + low - start) * rank * type.byteCount, UInt32(type.rawValue),
-            latents + (low - rows.lowerBound) * rank, UInt32(ElementType.f32.rawValue), (high - low) * rank)
-        }
-        start += target.count
-        if start >= rows.upperBound { break }
+      projection.targets.forEachPart(in: rows) { target, offset in
+        let type = target.run.encoding.type
+        kernels.pointee.convert!(
+          target.run.base + target.first * rank * type.byteCount, UInt32(type.rawValue), latents + offset * rank,
+          UInt32(ElementType.f32.rawValue), target.count * rank)
       }
     }
     return result

@@ -66,6 +66,13 @@ package struct RangeFinder: Sendable {
 }
 
 extension Factors {
+  /// `squares`: of all singular values, largest first; rounding may have left some below 0.
+  package init(rank: Int, width: Int, basis: [Float], mean: [Float], squares: [Double]) {
+    self.init(
+      rank: rank, width: width, basis: basis, mean: mean,
+      singularValues: squares[..<rank].map { max($0, 0).squareRoot() }, energy: squares.reduce(0) { $0 + max($1, 0) })
+  }
+
   /// Makes the largest entry of every row positive.
   package mutating func fixSigns() {
     let (rank, width) = (rank, width)

@@ -126,9 +126,7 @@ struct Factorisation {
       }
       filled = rank * width
     }
-    return Factors(
-      rank: rank, width: width, basis: basis, mean: reader.mean,
-      singularValues: values[..<rank].map { max($0, 0).squareRoot() }, energy: values.reduce(0) { $0 + max($1, 0) })
+    return Factors(rank: rank, width: width, basis: basis, mean: reader.mean, squares: values)
   }
 
   /// xᵀx, the upper triangle of tiles. `wide`: products in f64.
@@ -198,17 +196,7 @@ struct Factorisation {
     scratch.add(floats: m * n + rank * (m + n))
     scratch.add(doubles: m * m)
     reader.load(0..<m, into: x, isParallel: isParallel)
-    var gram = [Double](repeating: 0, count: m * m)
-    let strip = 512
-    withUnsafeTemporaryAllocation(of: Double.self, capacity: m * min(strip, n)) { wide in
-      guard let wide = wide.baseAddress else { return }
-      for first in stride(from: 0, to: n, by: strip) {
-        let count = min(strip, n - first)
-        for row in 0..<m { for c in 0..<count { wide[row * count + c] = Double(x[row * n + first + c]) } }
-        SerialBLAS.add(
-          wide, count, transposed: false, wide, count, transposed: true, m: m, n: m, k: count, to: &gram, m)
-      }
-    }
+    let gram = gramOfVectors(x, m)
     options.progress?(0.5)
     let (values, vectors) = try eigen(gram, size: m)
     var weights = [Float](repeating: 0, count: rank * m)
@@ -217,9 +205,7 @@ struct Factorisation {
     SerialBLAS.multiply(
       weights, m, transposed: false, x, n, transposed: false, m: rank, n: n, k: m, into: &basis, n)
     _ = try orthonormalise(&basis, vectors: rank)
-    return Factors(
-      rank: rank, width: n, basis: basis, mean: reader.mean,
-      singularValues: values[..<rank].map { max($0, 0).squareRoot() }, energy: values.reduce(0) { $0 + max($1, 0) })
+    return Factors(rank: rank, width: n, basis: basis, mean: reader.mean, squares: values)
   }
 
   // MARK: Randomised
@@ -367,7 +353,8 @@ struct Factorisation {
     return strengths
   }
 
-  private func gramOfVectors(_ rows: [Float], _ l: Int) -> [Double] {
+  /// The products of l rows with each other.
+  private func gramOfVectors(_ rows: UnsafePointer<Float>, _ l: Int) -> [Double] {
     let n = width
     var gram = [Double](repeating: 0, count: l * l)
     let strip = 512

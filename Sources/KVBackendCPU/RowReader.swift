@@ -82,20 +82,10 @@ struct RowReader {
 
   /// Rows of the slices that lie in `range`; returns how many there were.
   private func decode(_ slices: [RunSlice], _ range: Range<Int>, into rows: UnsafeMutablePointer<Float>) -> Int {
-    var start = 0
     var done = 0
-    for slice in slices {
-      let end = start + slice.count
-      let low = max(start, range.lowerBound)
-      let high = min(end, range.upperBound)
-      if low < high {
-        backend.read(
-          RunSlice(run: slice.run, first: slice.first + low - start, count: high - low),
-          into: rows + (low - range.lowerBound) * width, stride: width)
-        done = high - range.lowerBound
-      }
-      start = end
-      if start >= range.upperBound { break }
+    slices.forEachPart(in: range) { slice, offset in
+      backend.read(slice, into: rows + offset * width, stride: width)
+      done = offset + slice.count
     }
     return done
   }

@@ -106,25 +106,18 @@ extension CUDABackend {
     _ latents: UnsafeMutablePointer<Float>, _ range: Range<Int>, _ rank: Int, to targets: [RunSlice],
     _ scratch: inout Scratch
   ) throws(KVError) {
-    var start = 0
-    for target in targets {
-      let low = max(start, range.lowerBound)
-      let high = min(start + target.count, range.upperBound)
-      if low < high, rank > 0 {
-        let row = target.first + low - start
-        let source = latents + (low - range.lowerBound) * rank
-        if session.accessible(target.run.base) {
-          let run = RowRun(
-            encoding: .dense(.f32), dim: rank, capacity: high - low, base: UnsafeMutableRawPointer(source))
-          let list = try self.list([RunSlice(run: run, first: 0, count: high - low)], &scratch)
-          encode(list, 1, rows: high - low, to: target.run, row: row)
-        } else {
-          precondition(target.run.encoding.type == .f32, "\(target.run.encoding) rows in ordinary memory")
-          session.copy(to: target.run.base + row * rank * 4, from: source, (high - low) * rank * 4)
-        }
+    if rank == 0 { return }
+    try targets.forEachPart(in: range) { (target, offset) throws(KVError) in
+      let source = latents + offset * rank
+      if session.accessible(target.run.base) {
+        let run = RowRun(
+          encoding: .dense(.f32), dim: rank, capacity: target.count, base: UnsafeMutableRawPointer(source))
+        let list = try self.list([RunSlice(run: run, first: 0, count: target.count)], &scratch)
+        encode(list, 1, rows: target.count, to: target.run, row: target.first)
+      } else {
+        precondition(target.run.encoding.type == .f32, "\(target.run.encoding) rows in ordinary memory")
+        session.copy(to: target.run.base + target.first * rank * 4, from: source, target.count * rank * 4)
       }
-      start += target.count
-      if start >= range.upperBound { break }
     }
   }
 

@@ -203,15 +203,11 @@ extension CUDABackend {
     var held: [Buffer] = []
     var result = slices
     for (index, slice) in slices.enumerated() where slice.count > 0 && !session.accessible(slice.run.base) {
-      let (encoding, dim) = (slice.run.encoding, slice.run.dim)
-      precondition(encoding.kind == .dense, "\(encoding) rows in ordinary memory")
-      let buffer = try allocate(byteCount: encoding.payloadBytes(rows: slice.count, dim: dim), hostVisible: false)
-      session.copy(
-        to: buffer.base, from: slice.run.base + encoding.payloadBytes(rows: slice.first, dim: dim), buffer.byteCount)
+      let (elements, bytes) = slice.elements
+      let buffer = try allocate(byteCount: bytes, hostVisible: false)
+      session.copy(to: buffer.base, from: elements, bytes)
       held.append(buffer)
-      result[index] = RunSlice(
-        run: RowRun(encoding: encoding, dim: dim, capacity: slice.count, base: buffer.base), first: 0,
-        count: slice.count)
+      result[index] = slice.copied(to: buffer.base)
     }
     return (result, held)
   }
@@ -324,7 +320,7 @@ extension CUDABackend {
     var isFar = [Bool](repeating: false, count: slices.count)
     for (index, slice) in slices.enumerated() where !session.accessible(slice.run.base) {
       isFar[index] = true
-      bytes += (slice.run.encoding.payloadBytes(rows: slice.count, dim: slice.run.dim) + 255) / 256 * 256
+      bytes += (slice.elements.bytes + 255) / 256 * 256
     }
     if bytes == 0 { return slices }
     // Their list comes after them, and must not take their place.
@@ -333,16 +329,11 @@ extension CUDABackend {
     var offset = 0
     return slices.enumerated().map { index, slice in
       guard isFar[index] else { return slice }
-      let encoding = slice.run.encoding
-      precondition(encoding.kind == .dense, "\(encoding) rows in ordinary memory")
-      let size = encoding.payloadBytes(rows: slice.count, dim: slice.run.dim)
+      let (elements, bytes) = slice.elements
       let base = pinned + offset
-      base.copyMemory(
-        from: slice.run.base + encoding.payloadBytes(rows: slice.first, dim: slice.run.dim), byteCount: size)
-      offset += (size + 255) / 256 * 256
-      return RunSlice(
-        run: RowRun(encoding: encoding, dim: slice.run.dim, capacity: slice.count, base: base), first: 0,
-        count: slice.count)
+      base.copyMemory(from: elements, byteCount: bytes)
+      offset += (bytes + 255) / 256 * 256
+      return slice.copied(to: base)
     }
   }
 
@@ -405,19 +396,16 @@ extension RowRun {
 extension RunSlice {
   fileprivate var isAligned: Bool { run.isAligned }
 
-  /// The first `count` rows of some slices, which are removed from them.
-  static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
-    var result: [RunSlice] = []
-    var left = count
-    while left > 0, var slice = slices.popFirst() {
-      let taken = min(left, slice.count)
-      result.append(RunSlice(run: slice.run, first: slice.first, count: taken))
-      slice.first += taken
-      slice.count -= taken
-      if slice.count > 0 { slices = [slice] + slices }
-      left -= taken
-    }
-    return result
+  /// Where dense rows in ordinary memory lie.
+  fileprivate var elements: (base: UnsafeMutableRawPointer, bytes: Int) {
+    let (encoding, dim) = (run.encoding, run.dim)
+    precondition(encoding.kind == .dense, "\(encoding) rows in ordinary memory")
+    return (run.base + encoding.payloadBytes(rows: first, dim: dim), encoding.payloadBytes(rows: count, dim: dim))
+  }
+
+  /// The same rows where they were copied.
+  fileprivate func copied(to base: UnsafeMutableRawPointer) -> RunSlice {
+    RunSlice(run: RowRun(encoding: run.encoding, dim: run.dim, capacity: count, base: base), first: 0, count: count)
   }
 }
 

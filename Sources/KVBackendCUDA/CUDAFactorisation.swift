@@ -208,10 +208,7 @@ struct CUDAFactorisation {
   /// The basis as the host keeps it. `squares`: of all singular values, largest last.
   private func factors(_ basis: UnsafeMutablePointer<Float>, squares: [Double]) throws(KVError) -> Factors {
     let rows: [Float] = try backend.fetch(basis, rank * width)
-    let values = Array(squares.reversed())
-    return Factors(
-      rank: rank, width: width, basis: rows, mean: mean,
-      singularValues: values[..<rank].map { max($0, 0).squareRoot() }, energy: values.reduce(0) { $0 + max($1, 0) })
+    return Factors(rank: rank, width: width, basis: rows, mean: mean, squares: squares.reversed())
   }
 
   // MARK: Randomised

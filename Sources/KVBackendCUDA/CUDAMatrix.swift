@@ -71,7 +71,8 @@ struct CUDAMatrix {
     let count = range.count - leading
     var place = target + leading * width
     for columns in matrix.columns where count > 0 && columns.dim > 0 {
-      let slices = columns.slices.within(first..<first + count)
+      var slices: [RunSlice] = []
+      columns.slices.forEachPart(in: first..<first + count) { slice, _ in slices.append(slice) }
       let held = slices.reduce(0) { $0 + $1.count }
       try backend.load(slices, rows: held, into: place, stride: width, &scratch)
       if held > 0 { try turn(columns, first, held, place, &scratch) }
@@ -116,21 +117,5 @@ struct CUDAMatrix {
     backend.session.launch(
       .turnBack, x: count, rows, UInt64(width), UInt32(columns.dim), columns.scale, positions,
       Int64(columns.firstPosition + first), rotary)
-  }
-}
-
-extension [RunSlice] {
-  /// The rows of a range, as far as there are so many.
-  fileprivate func within(_ range: Range<Int>) -> [RunSlice] {
-    var result: [RunSlice] = []
-    var start = 0
-    for slice in self {
-      let low = Swift.max(start, range.lowerBound)
-      let high = Swift.min(start + slice.count, range.upperBound)
-      if low < high { result.append(RunSlice(run: slice.run, first: slice.first + low - start, count: high - low)) }
-      start += slice.count
-      if start >= range.upperBound { break }
-    }
-    return result
   }
 }

@@ -40,3 +40,39 @@ package struct RunSlice {
     self.count = count
   }
 }
+
+extension RunSlice {
+  /// The first `count` rows of some slices, which are removed from them.
+  package static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
+    var result: [RunSlice] = []
+    var left = count
+    while left > 0, var slice = slices.popFirst() {
+      let taken = min(left, slice.count)
+      result.append(RunSlice(run: slice.run, first: slice.first, count: taken))
+      slice.first += taken
+      slice.count -= taken
+      if slice.count > 0 { slices = [slice] + slices }
+      left -= taken
+    }
+    return result
+  }
+}
+
+extension [RunSlice] {
+  /// Calls `body` with what lies in `range` of each slice, all rows counted one after the other, and its offset there.
+  package func forEachPart<Failure: Error>(
+    in range: Range<Int>, _ body: (RunSlice, _ offset: Int) throws(Failure) -> Void
+  ) throws(Failure) {
+    var start = 0
+    for slice in self {
+      let end = start + slice.count
+      let low = Swift.max(start, range.lowerBound)
+      let high = Swift.min(end, range.upperBound)
+      if low < high {
+        try body(RunSlice(run: slice.run, first: slice.first + low - start, count: high - low), low - range.lowerBound)
+      }
+      start = end
+      if start >= range.upperBound { return }
+    }
+  }
+}

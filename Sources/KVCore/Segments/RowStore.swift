@@ -144,25 +144,9 @@ package struct RowStore {
   package mutating func fill(_ targets: [RunSlice], from sources: [RunSlice], backend: any ComputeBackend) {
     var left = sources[...]
     for target in targets {
-      backend.transcode(RowStore.take(target.count, from: &left), to: target.run, row: target.first)
+      backend.transcode(RunSlice.take(target.count, from: &left), to: target.run, row: target.first)
     }
     commit(targets[...])
-  }
-
-  /// The first `count` rows of some slices, which are removed from them.
-  static func take(_ count: Int, from slices: inout ArraySlice<RunSlice>) -> [RunSlice] {
-    var result: [RunSlice] = []
-    var left = count
-    while left > 0, var slice = slices.first {
-      let taken = min(left, slice.count)
-      result.append(RunSlice(run: slice.run, first: slice.first, count: taken))
-      slice.first += taken
-      slice.count -= taken
-      slices = slices.dropFirst()
-      if slice.count > 0 { slices = [slice] + slices }
-      left -= taken
-    }
-    return result
   }
 
   /// Room for `count` rows that come encoded as the store's rows end. They appear only with `commit`; the tail of a store

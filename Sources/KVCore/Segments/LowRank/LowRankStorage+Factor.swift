@@ -140,7 +140,7 @@ extension LowRankStorage {
           let held = windows[member].heads[head]
           var source = (isKey ? held.keys : held.values).slices(0..<rows)[...]
           for target in targets {
-            backend.transcode(RowStore.take(target.count, from: &source), to: target.run, row: target.first)
+            backend.transcode(RunSlice.take(target.count, from: &source), to: target.run, row: target.first)
           }
           room.append(targets)
         }
